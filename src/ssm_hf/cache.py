@@ -1,0 +1,291 @@
+"""Recurrent states of a model between calls.
+
+A layer's state is a dict of named tensors, written only by its mixer. Its size does not depend on
+the number of tokens seen. Tensors keep their addresses while shapes stay the same.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache
+
+State = dict[str, Tensor]
+# (state before, inputs (B, T, ...) of the tokens to replay, constants) -> state after them
+Replay = Callable[[State, dict[str, Tensor], dict[str, Tensor]], State]
+
+
+class RecurrentLayer:
+    """State of one recurrent layer.
+
+    With past recording on, the layer also keeps the state before the latest calls and those calls'
+    scan inputs, so that `crop` can take tokens back by replaying the ones that stay.
+
+    Args:
+        record_window: tokens of a long call whose inputs are kept for `crop`.
+    """
+
+    is_compileable = False  # generate() must not wrap the forward pass in torch.compile on its own
+    supports_early_init = False
+    is_sliding = False
+
+    def __init__(self, record_window: int = 256) -> None:
+        self.state: State = {}
+        self.record_past = False
+        self.record_window = record_window
+        self._home: torch.device | None = None
+        self._before: State = {}  # state before the recorded tokens
+        self._inputs: dict[str, Tensor] = {}  # (B, tokens, ...) each
+        self._constants: dict[str, Tensor] = {}
+        self._replay: Replay | None = None
+
+    def __repr__(self) -> str:
+        shapes = {name: tuple(t.shape) for name, t in self.state.items()}
+        return f"RecurrentLayer({shapes})"
+
+    def read(
+        self, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype]
+    ) -> State:
+        """The state, or {} before the first call.
+
+        Raises:
+            ValueError: the stored state is that of another batch size, model or dtype.
+        """
+        if self.state and self.state.keys() != shapes.keys():
+            raise ValueError(
+                f"past_key_values holds {sorted(self.state)}, this layer needs {sorted(shapes)}: "
+                "the cache belongs to another model"
+            )
+        for name, stored in self.state.items():
+            if tuple(stored.shape) != tuple(shapes[name]):
+                what = "batch size" if stored.shape[1:] == torch.Size(shapes[name][1:]) else "model"
+                raise ValueError(
+                    f"past_key_values belongs to another {what}: {name} has shape "
+                    f"{tuple(stored.shape)}, expected {tuple(shapes[name])}"
+                )
+            if stored.dtype != dtypes[name]:
+                raise ValueError(
+                    f"past_key_values belongs to another dtype: {name} is {stored.dtype}, "
+                    f"expected {dtypes[name]}"
+                )
+        return self.state
+
+    def write(self, state: State) -> None:
+        """Replace the state: in place where tensors exist, by reference where gradients flow."""
+        for name, new in state.items():
+            old = self.state.get(name)
+            if new.requires_grad or (old is not None and old.requires_grad):
+                self.state[name] = new
+            elif old is None or old.shape != new.shape or old.device != new.device:
+                # A copy, not a view that keeps a whole prompt alive.
+                self.state[name] = new.detach().clone(memory_format=torch.contiguous_format)
+            else:
+                old.copy_(new)
+
+    def record(
+        self, replay: Replay, inputs: dict[str, Tensor], constants: dict[str, Tensor]
+    ) -> None:
+        """Note one call's scan inputs, (B, T, ...) each, before its state is written.
+
+        `constants` are what `replay` needs beside them, the same for every token. Of a call into an
+        empty layer (the prompt) only the last `record_window` tokens are kept; a later call is kept
+        whole, because all of it may be taken back.
+        """
+        tokens = next(iter(inputs.values())).shape[1]
+        if not self._inputs:
+            self._before = {name: t.detach().clone() for name, t in self.state.items()}
+            self._inputs = {name: t.detach() for name, t in inputs.items()}
+            keep = self.record_window if not self.state else max(self.record_window, tokens)
+        else:
+            keep = max(self.record_window, tokens)
+            self._inputs = {
+                name: torch.cat([t, inputs[name].detach()], dim=1)
+                for name, t in self._inputs.items()
+            }
+        self._replay = replay
+        self._constants = {name: t.detach() for name, t in constants.items()}
+        kept = next(iter(self._inputs.values())).shape[1]
+        # Twice the window before anything is dropped, so that the replays stay rare.
+        if kept > 2 * keep or (not self.state and kept > keep):
+            dropped = {name: t[:, :-keep] for name, t in self._inputs.items()}
+            self._before = replay(self._before, dropped, self._constants)
+            self._inputs = {name: t[:, -keep:].clone() for name, t in self._inputs.items()}
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` can take back recorded tokens."""
+        return self.record_past
+
+    def activate_past_recording(self) -> None:
+        """From the next call on, keep what `crop` needs."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` tokens.
+
+        Raises:
+            RuntimeError: recording is off, or fewer tokens were recorded.
+            ValueError: a positive number.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove must be 0 or negative, got {tokens_to_remove}")
+        if not self.record_past:
+            raise RuntimeError(
+                "crop needs past recording: call activate_past_recording() before the forward pass"
+            )
+        if tokens_to_remove == 0:
+            return
+        kept = next(iter(self._inputs.values())).shape[1] if self._inputs else 0
+        stay = kept + tokens_to_remove
+        if stay < 0 or self._replay is None:
+            raise RuntimeError(
+                f"cannot take back {-tokens_to_remove} tokens: only {kept} were recorded; build "
+                f"the cache with a larger record_window (now {self.record_window})"
+            )
+        if stay > 0:
+            inputs = {name: t[:, :stay] for name, t in self._inputs.items()}
+            self.write(self._replay(self._before, inputs, self._constants))
+        elif self._before:
+            self.write(self._before)
+        else:
+            self.state = {}
+        self._before, self._inputs = {}, {}
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        for tensors in (self.state, self._before, self._inputs):
+            for name, tensor in tensors.items():
+                tensors[name] = change(tensor)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.state, self._before, self._inputs = {}, {}, {}
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row b continues from what was row `beam_idx[b]`."""
+        for stored in self.state.values():
+            stored.copy_(stored.index_select(0, beam_idx.to(stored.device)))
+        self._before, self._inputs = {}, {}
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times in a row."""
+        self._map(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices`."""
+        self._map(lambda t: t.index_select(0, indices.to(t.device)))
+
+    def offload(self) -> None:
+        """Move the state to the CPU; `prefetch` brings it back."""
+        for stored in self.state.values():
+            self._home = stored.device
+        self._map(lambda t: t.to("cpu"))
+
+    def prefetch(self) -> None:
+        """Move an offloaded state back to its device."""
+        home = self._home
+        if home is not None:
+            self._map(lambda t: t.to(home))
+
+    def get_max_length(self) -> int:
+        """-1: a recurrent state has no longest sequence."""
+        return -1
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the state in bytes."""
+        return sum(t.nbytes for t in self.state.values())
+
+
+class CacheSnapshot(NamedTuple):
+    """A copy of a cache's content at one moment; see `RecurrentCache.snapshot`."""
+
+    seen_tokens: int
+    states: tuple[State, ...]
+
+
+class RecurrentCache(Cache):
+    """One `RecurrentLayer` per layer, and a count of the tokens seen (pads included).
+
+    Args:
+        config: model config; its `num_hidden_layers` layers are all recurrent.
+        record_window: tokens of a prompt that `crop` can take back once past recording is on.
+    """
+
+    layers: list[RecurrentLayer]  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __init__(self, config: PreTrainedConfig, *, record_window: int = 256) -> None:
+        self.seen_tokens = 0
+        layers = [RecurrentLayer(record_window) for _ in range(config.num_hidden_layers)]  # pyright: ignore[reportAttributeAccessIssue]
+        super().__init__(layers=layers)  # pyright: ignore[reportArgumentType]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen, pads included."""
+        return self.seen_tokens
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: no longest sequence."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """(length, offset) of a mask over the cached and the new tokens."""
+        return self.seen_tokens + query_length, 0
+
+    def has_previous_state(
+        self, layer_idx: int | None = None, state_idx: int | None = None
+    ) -> bool:
+        """Whether the layer (default: the last) holds a state."""
+        return bool(self.layers[-1 if layer_idx is None else layer_idx].state)
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the stored states, -1 while empty."""
+        states = self.layers[0].state if self.layers else {}
+        return next((t.shape[0] for t in states.values()), -1)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all states in bytes; it does not grow with the sequence."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def reset(self) -> None:
+        """Forget everything: the next call starts a sequence."""
+        super().reset()
+        self.seen_tokens = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` tokens, which must have been recorded."""
+        if -tokens_to_remove > self.seen_tokens:
+            raise ValueError(
+                f"cannot take back {-tokens_to_remove} tokens of {self.seen_tokens} seen"
+            )
+        super().crop(tokens_to_remove)
+        self.seen_tokens += tokens_to_remove
+
+    def snapshot(self) -> CacheSnapshot:
+        """Copy of the present content, to `restore` any number of times."""
+        return CacheSnapshot(
+            self.seen_tokens,
+            tuple(
+                {name: t.detach().clone() for name, t in layer.state.items()}
+                for layer in self.layers
+            ),
+        )
+
+    def restore(self, snapshot: CacheSnapshot) -> None:
+        """Return to the content of `snapshot`, taken from this cache or one of the same model.
+
+        Raises:
+            ValueError: the snapshot has another number of layers.
+        """
+        if len(snapshot.states) != len(self.layers):
+            raise ValueError(
+                f"snapshot has {len(snapshot.states)} layers, this cache has {len(self.layers)}"
+            )
+        for layer, state in zip(self.layers, snapshot.states, strict=True):
+            held = layer.state
+            layer.reset()
+            layer.state = {name: t for name, t in held.items() if name in state}
+            layer.write(state)
+        self.seen_tokens = snapshot.seen_tokens

@@ -1,0 +1,1 @@
+"""Layers: mixers and norms, which take explicit keywords and never a config."""

@@ -1,0 +1,168 @@
+"""Mamba-1's mixer (Gu and Dao 2023)."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from ssm_hf.cache import RecurrentCache, State
+from ssm_hf.layers.init import dt_bias_values
+from ssm_hf.layers.mixer import (
+    CausalConv1d,
+    Initialization,
+    Mixer,
+    StepProjection,
+    recorded_mask,
+    reset_conv,
+    reset_linear,
+    reset_out_proj,
+)
+from ssm_hf.ops import causal_conv1d, selective_scan
+from ssm_hf.ops.packing import compute_dtype
+from ssm_hf.sequence import SequenceInfo
+
+
+class Mamba1Mixer(Mixer):
+    """[x | z] = in_proj(u); x = silu(conv(x)); [δ | B | C] = x_proj(x); out_proj(scan(x) silu(z)).
+
+    Args:
+        hidden_size: D.
+        inner_size: I.
+        state_size: N.
+        conv_kernel: K.
+        time_step_rank: R, rank of the step projection.
+        time_step_min, time_step_max, time_step_floor, time_step_scale, time_step_init_scheme:
+            initial step sizes.
+        use_bias: biases of in_proj and out_proj.
+        use_conv_bias: bias of the convolution.
+        layer_idx: place in the cache.
+    """
+
+    no_decay: ClassVar[tuple[str, ...]] = ("A_log", "D")
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        inner_size: int,
+        state_size: int,
+        conv_kernel: int,
+        time_step_rank: int,
+        time_step_min: float,
+        time_step_max: float,
+        time_step_floor: float,
+        time_step_scale: float,
+        time_step_init_scheme: str,
+        use_bias: bool,
+        use_conv_bias: bool,
+        layer_idx: int,
+    ) -> None:
+        super().__init__(layer_idx)
+        self.hidden_size = hidden_size
+        self.inner_size = inner_size
+        self.state_size = state_size
+        self.conv_kernel = conv_kernel
+        self.time_step_rank = time_step_rank
+        self.time_step = (time_step_min, time_step_max, time_step_floor)
+        self.time_step_scale = time_step_scale
+        self.time_step_init_scheme = time_step_init_scheme
+        self.conv1d = CausalConv1d(inner_size, conv_kernel, bias=use_conv_bias)
+        self.in_proj = nn.Linear(hidden_size, 2 * inner_size, bias=use_bias)
+        self.x_proj = nn.Linear(inner_size, time_step_rank + 2 * state_size, bias=False)
+        self.dt_proj = StepProjection(time_step_rank, inner_size, bias=True)
+        self.A_log = nn.Parameter(torch.empty(inner_size, state_size))
+        self.D = nn.Parameter(torch.empty(inner_size))
+        self.out_proj = nn.Linear(inner_size, hidden_size, bias=use_bias)
+
+    def reset_parameters(
+        self, scheme: Initialization, std: float, num_residual_layers: int | None
+    ) -> None:
+        """Draw all initial values (Gu and Dao 2023, section 3.6)."""
+        for linear in (self.in_proj, self.x_proj):
+            reset_linear(linear, scheme, std)
+        reset_conv(self.conv1d, scheme)
+        reset_out_proj(self.out_proj, num_residual_layers)
+        bound = self.time_step_scale * self.time_step_rank**-0.5
+        if self.time_step_init_scheme == "constant":
+            init.constant_(self.dt_proj.weight, bound)
+        else:
+            init.uniform_(self.dt_proj.weight, -bound, bound)
+        device = self.A_log.device
+        init.copy_(self.dt_proj.bias, dt_bias_values(self.inner_size, *self.time_step, device))
+        # The real part of S4D-Lin: -1 ... -N for every channel.
+        rates = torch.arange(1, self.state_size + 1, dtype=torch.float32, device=device)
+        init.copy_(self.A_log, rates.log().expand(self.inner_size, -1))
+        init.ones_(self.D)
+
+    def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
+        """The last K-1 inputs of the convolution, and h."""
+        return {
+            "conv_state": (batch, self.conv_kernel - 1, self.inner_size),
+            "ssm_state": (batch, self.inner_size, self.state_size),
+        }
+
+    def flops_per_token(self) -> int:
+        """Projections, convolution, and 9 operations for each of the I x N states."""
+        inner, rank, states = self.inner_size, self.time_step_rank, self.state_size
+        linear = 3 * self.hidden_size * inner + inner * (rank + 2 * states) + rank * inner
+        return 2 * linear + 2 * self.conv_kernel * inner + 9 * inner * states
+
+    def forward(
+        self, x: Tensor, seq: SequenceInfo, past_key_values: RecurrentCache | None = None
+    ) -> Tensor:
+        """Mix x (B, T, D); with a cache, continue from its state and update it."""
+        layer, state = self._layer(past_key_values, x)
+        hidden, z = self.in_proj(x).chunk(2, dim=-1)
+        conv_in = hidden
+        hidden, conv_state = self.conv1d(hidden, seq, state.get("conv_state"))
+        low, B, C = self.x_proj(hidden).split(
+            [self.time_step_rank, self.state_size, self.state_size], dim=-1
+        )
+        dt = self.dt_proj(low)
+        A = -torch.exp(self.A_log.to(compute_dtype(self.A_log)))
+        y, ssm_state = selective_scan(
+            hidden,
+            dt,
+            A,
+            B,
+            C,
+            D=self.D,
+            z=z,
+            dt_softplus=True,
+            initial_state=state.get("ssm_state"),
+            seq_idx=seq.seq_idx,
+            mask=seq.mask,
+            return_final_state=True,
+        )
+        if layer is not None:
+            if layer.record_past:
+                inputs = {"conv_in": conv_in, "x": hidden, "dt": dt, "B": B}
+                inputs["mask"] = recorded_mask(seq, x)
+                layer.record(_replay, inputs, {"conv_weight": self.conv1d.weight[:, 0], "A": A})
+            layer.write({"conv_state": conv_state, "ssm_state": ssm_state})
+        return self.out_proj(y)
+
+
+def _replay(state: State, inputs: dict[str, Tensor], constants: dict[str, Tensor]) -> State:
+    """State after the recorded tokens; only states are of use, so C is any tensor of B's shape."""
+    mask = inputs["mask"]
+    _, conv_state = causal_conv1d(
+        inputs["conv_in"],
+        constants["conv_weight"],
+        initial_state=state.get("conv_state"),
+        mask=mask,
+        return_final_state=True,
+    )
+    _, ssm_state = selective_scan(
+        inputs["x"],
+        inputs["dt"],
+        constants["A"],
+        inputs["B"],
+        inputs["B"],
+        dt_softplus=True,
+        initial_state=state.get("ssm_state"),
+        mask=mask,
+        return_final_state=True,
+    )
+    return {"conv_state": conv_state, "ssm_state": ssm_state}

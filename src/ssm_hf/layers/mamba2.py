@@ -1,0 +1,210 @@
+"""Mamba-2's mixer (Dao and Gu 2024)."""
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from ssm_hf.cache import RecurrentCache, State
+from ssm_hf.layers.init import dt_bias_values, log_uniform_values
+from ssm_hf.layers.mixer import (
+    CausalConv1d,
+    Initialization,
+    Mixer,
+    recorded_mask,
+    reset_conv,
+    reset_linear,
+    reset_out_proj,
+)
+from ssm_hf.layers.norm import RMSNorm
+from ssm_hf.ops import causal_conv1d, ssd
+from ssm_hf.ops.packing import compute_dtype
+from ssm_hf.ops.step_size import step_size
+from ssm_hf.sequence import SequenceInfo
+
+
+class Mamba2Mixer(Mixer):
+    """[z | x | B | C | dt] = in_proj(u); x, B, C through silu(conv); out_proj(norm(scan, gate z)).
+
+    Args:
+        hidden_size: D.
+        inner_size: I; in_proj and out_proj carry this width.
+        num_heads: H; the scan covers d_ssm = H * P channels. Where that is less than I, the
+            remaining channels are a gated MLP, whose two halves come first in in_proj.
+        head_dim: P.
+        state_size: N.
+        n_groups: G.
+        conv_kernel: K.
+        chunk_size: longest chunk of the chunked scan.
+        time_step_min, time_step_max, time_step_floor: initial step sizes.
+        time_step_limit: bounds of the step size, in scan and step alike.
+        norm_eps: of the gated norm; None = no norm, the scan is gated alone.
+        norm_before_gate: norm(y) silu(z) in place of norm(y silu(z)).
+        D_per_channel: D has shape (H * P) in place of (H).
+        use_bias: biases of in_proj and out_proj.
+        use_conv_bias: bias of the convolution.
+        layer_idx: place in the cache.
+    """
+
+    no_decay: ClassVar[tuple[str, ...]] = ("A_log", "D", "dt_bias")
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        inner_size: int,
+        num_heads: int,
+        head_dim: int,
+        state_size: int,
+        n_groups: int,
+        conv_kernel: int,
+        chunk_size: int,
+        time_step_min: float,
+        time_step_max: float,
+        time_step_floor: float,
+        time_step_limit: tuple[float, float],
+        norm_eps: float | None,
+        norm_before_gate: bool,
+        D_per_channel: bool,
+        use_bias: bool,
+        use_conv_bias: bool,
+        layer_idx: int,
+    ) -> None:
+        super().__init__(layer_idx)
+        self.hidden_size = hidden_size
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.state_size = state_size
+        self.n_groups = n_groups
+        self.conv_kernel = conv_kernel
+        self.chunk_size = chunk_size
+        self.time_step = (time_step_min, time_step_max, time_step_floor)
+        self.time_step_limit = time_step_limit
+        self.ssm_size = num_heads * head_dim
+        self.mlp_size = inner_size - self.ssm_size
+        if self.mlp_size < 0:
+            raise ValueError(
+                f"num_heads * head_dim = {self.ssm_size} must not exceed inner_size {inner_size}"
+            )
+        self.conv_size = self.ssm_size + 2 * n_groups * state_size
+        self.conv1d = CausalConv1d(self.conv_size, conv_kernel, bias=use_conv_bias)
+        in_size = 2 * self.mlp_size + self.ssm_size + self.conv_size + num_heads
+        self.in_proj = nn.Linear(hidden_size, in_size, bias=use_bias)
+        self.dt_bias = nn.Parameter(torch.empty(num_heads))
+        self.A_log = nn.Parameter(torch.empty(num_heads))
+        self.norm = None
+        if norm_eps is not None:
+            self.norm = RMSNorm(
+                self.ssm_size,
+                eps=norm_eps,
+                group_size=self.ssm_size // n_groups,
+                norm_before_gate=norm_before_gate,
+            )
+        self.D = nn.Parameter(torch.empty(self.ssm_size if D_per_channel else num_heads))
+        self.out_proj = nn.Linear(inner_size, hidden_size, bias=use_bias)
+
+    def reset_parameters(
+        self, scheme: Initialization, std: float, num_residual_layers: int | None
+    ) -> None:
+        """Draw all initial values (Dao and Gu 2024; A = 1..H in transformers' scheme)."""
+        reset_linear(self.in_proj, scheme, std)
+        reset_conv(self.conv1d, scheme)
+        reset_out_proj(self.out_proj, num_residual_layers)
+        device = self.A_log.device
+        init.copy_(self.dt_bias, dt_bias_values(self.num_heads, *self.time_step, device))
+        if scheme == "transformers":
+            rates = torch.arange(1, self.num_heads + 1, dtype=torch.float32, device=device).log()
+        else:
+            rates = log_uniform_values(1, 16, self.num_heads, device)
+        init.copy_(self.A_log, rates)
+        init.ones_(self.D)
+        if self.norm is not None:
+            self.norm.reset_parameters()
+
+    def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
+        """The last K-1 inputs of the convolution, and S."""
+        return {
+            "conv_state": (batch, self.conv_kernel - 1, self.conv_size),
+            "ssm_state": (batch, self.num_heads, self.head_dim, self.state_size),
+        }
+
+    def flops_per_token(self) -> int:
+        """Projections, convolution, and the scan in its chunked form.
+
+        The scan's matrix products: C B^T per group and scores times x per head inside a chunk of Q
+        tokens, states and outputs per head between chunks.
+        """
+        linear = self.in_proj.in_features * self.in_proj.out_features
+        linear += self.out_proj.in_features * self.out_proj.out_features
+        groups, states, width, q = self.n_groups, self.state_size, self.ssm_size, self.chunk_size
+        scan = q * (groups * states + width) + 2 * width * states
+        return 2 * (linear + self.conv_kernel * self.conv_size + scan)
+
+    def forward(
+        self, x: Tensor, seq: SequenceInfo, past_key_values: RecurrentCache | None = None
+    ) -> Tensor:
+        """Mix x (B, T, D); with a cache, continue from its state and update it."""
+        layer, state = self._layer(past_key_values, x)
+        gate_mlp, mlp, z, conv_in, dt = self.in_proj(x).split(
+            [self.mlp_size, self.mlp_size, self.ssm_size, self.conv_size, self.num_heads], dim=-1
+        )
+        conv_out, conv_state = self.conv1d(conv_in, seq, state.get("conv_state"))
+        grouped = self.n_groups * self.state_size
+        hidden, B, C = conv_out.split([self.ssm_size, grouped, grouped], dim=-1)
+        hidden = hidden.unflatten(-1, (self.num_heads, self.head_dim))
+        B, C = (v.unflatten(-1, (self.n_groups, self.state_size)) for v in (B, C))
+        A = -torch.exp(self.A_log.to(compute_dtype(self.A_log)))
+        y, ssm_state = ssd(
+            hidden,
+            dt,
+            A,
+            B,
+            C,
+            chunk_size=self.chunk_size,
+            D=self.D.view(self.num_heads, -1) if self.D.shape[0] != self.num_heads else self.D,
+            z=z.unflatten(-1, (self.num_heads, self.head_dim)) if self.norm is None else None,
+            dt_bias=self.dt_bias,
+            dt_softplus=True,
+            dt_limit=self.time_step_limit,
+            initial_state=state.get("ssm_state"),
+            seq_idx=seq.seq_idx,
+            mask=seq.mask,
+            return_final_state=True,
+        )
+        y = y.flatten(2)
+        if self.norm is not None:
+            y = self.norm(y, z)
+        if self.mlp_size:
+            y = torch.cat([F.silu(gate_mlp) * mlp, y], dim=-1)
+        if layer is not None:
+            if layer.record_past:
+                inputs = {"conv_in": conv_in, "x": hidden, "B": B, "mask": recorded_mask(seq, x)}
+                inputs["dt"] = step_size(dt, self.dt_bias, True, self.time_step_limit, None)
+                layer.record(_replay, inputs, {"conv_weight": self.conv1d.weight[:, 0], "A": A})
+            layer.write({"conv_state": conv_state, "ssm_state": ssm_state})
+        return self.out_proj(y)
+
+
+def _replay(state: State, inputs: dict[str, Tensor], constants: dict[str, Tensor]) -> State:
+    """State after the recorded tokens; only states are of use, so C is any tensor of B's shape."""
+    mask = inputs["mask"]
+    _, conv_state = causal_conv1d(
+        inputs["conv_in"],
+        constants["conv_weight"],
+        initial_state=state.get("conv_state"),
+        mask=mask,
+        return_final_state=True,
+    )
+    _, ssm_state = ssd(
+        inputs["x"],
+        inputs["dt"],
+        constants["A"],
+        inputs["B"],
+        inputs["B"],
+        initial_state=state.get("ssm_state"),
+        mask=mask,
+        return_final_state=True,
+    )
+    return {"conv_state": conv_state, "ssm_state": ssm_state}

@@ -1,0 +1,153 @@
+"""What every sequence mixer is, and the projections that the Mamba mixers share."""
+
+import math
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from ssm_hf.cache import RecurrentCache, RecurrentLayer, State
+from ssm_hf.ops import causal_conv1d
+from ssm_hf.ops.packing import compute_dtype
+from ssm_hf.sequence import SequenceInfo
+
+Initialization = Literal["mamba_ssm", "transformers"]
+
+
+class Mixer(nn.Module):
+    """Mixes along the sequence, (B, T, D) -> (B, T, D).
+
+    Training, prefill, continuation from a cache and one-token decoding are the same call. A mixer
+    lists the parameters that weight decay must not touch, owns its initial values, and says how
+    large its states are and how many operations a token costs.
+    """
+
+    no_decay: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+
+    def forward(
+        self, x: Tensor, seq: SequenceInfo, past_key_values: RecurrentCache | None = None
+    ) -> Tensor:
+        """Mix x (B, T, D); with a cache, continue from its state and update it."""
+        raise NotImplementedError
+
+    def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors that this mixer keeps in a cache."""
+        raise NotImplementedError
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations of one token's forward pass (a multiply-add counts 2)."""
+        raise NotImplementedError
+
+    def reset_parameters(
+        self, scheme: Initialization, std: float, num_residual_layers: int | None
+    ) -> None:
+        """Draw all initial values.
+
+        Args:
+            scheme: `"mamba_ssm"` (linear layers uniform in ±1/sqrt(fan_in)) or `"transformers"`
+                (normal with standard deviation `std`).
+            std: used by `"transformers"` only.
+            num_residual_layers: out_proj is divided by the root of it; None = not divided.
+        """
+        raise NotImplementedError
+
+    def _layer(
+        self, past_key_values: RecurrentCache | None, x: Tensor
+    ) -> tuple[RecurrentLayer | None, State]:
+        """This mixer's cache layer and its state ({} when there is none yet)."""
+        if past_key_values is None:
+            return None, {}
+        layer = past_key_values.layers[self.layer_idx]
+        shapes = self.state_shapes(x.shape[0])
+        wide = compute_dtype(x)
+        dtypes = {name: x.dtype if name == "conv_state" else wide for name in shapes}
+        return layer, layer.read(shapes, dtypes)
+
+
+def recorded_mask(seq: SequenceInfo, x: Tensor) -> Tensor:
+    """The padding mask (B, T) to record beside the inputs of x (B, T, D).
+
+    Raises:
+        ValueError: the batch is packed; recorded inputs are replayed as one document.
+    """
+    if seq.seq_idx is not None:
+        raise ValueError("packed documents cannot be combined with a cache that records for crop()")
+    if seq.mask is None:
+        return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    return seq.mask
+
+
+class CausalConv1d(nn.Conv1d):
+    """Depthwise causal convolution with silu over (B, T, C).
+
+    A subclass of `nn.Conv1d` for its parameter names, shapes and initial values. The operator runs
+    in its forward, so that hooks (offloading, sharding) see the weights being used.
+    """
+
+    def __init__(self, channels: int, taps: int, *, bias: bool) -> None:
+        super().__init__(channels, channels, taps, groups=channels, bias=bias)
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Tensor, seq: SequenceInfo, state: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """x (B, T, C) and the K-1 inputs before it -> silu(conv(x)), the last K-1 inputs."""
+        y, state = causal_conv1d(
+            x,
+            self.weight[:, 0],
+            self.bias,
+            activation="silu",
+            initial_state=state,
+            seq_idx=seq.seq_idx,
+            mask=seq.mask,
+            return_final_state=True,
+        )
+        return y, state
+
+
+class StepProjection(nn.Linear):
+    """Low-rank step size -> Δ before softplus, with the bias added in fp32.
+
+    Biases lie near -5, where bf16 steps by 0.03: added in bf16 they would cost Δ 3 % accuracy.
+    Being a module that is called, it can carry an adapter.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., R) -> (..., I), fp32 or wider."""
+        y = F.linear(input, self.weight)
+        return y.to(compute_dtype(y)) + self.bias.to(compute_dtype(self.bias))
+
+
+def reset_linear(linear: nn.Linear, scheme: Initialization, std: float) -> None:
+    """Weight by scheme, bias 0."""
+    if scheme == "transformers":
+        init.normal_(linear.weight, mean=0.0, std=std)
+    else:
+        init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
+    if linear.bias is not None:
+        init.zeros_(linear.bias)
+
+
+def reset_conv(conv: nn.Conv1d, scheme: Initialization) -> None:
+    """Weight uniform in ±1/sqrt(K); the bias likewise, or 0 in transformers' scheme."""
+    init.kaiming_uniform_(conv.weight, a=math.sqrt(5))
+    if conv.bias is not None:
+        if scheme == "transformers":
+            init.zeros_(conv.bias)
+        else:
+            bound = 1 / math.sqrt(conv.kernel_size[0])
+            init.uniform_(conv.bias, -bound, bound)
+
+
+def reset_out_proj(linear: nn.Linear, num_residual_layers: int | None) -> None:
+    """Uniform in ±1/sqrt(fan_in), divided by the root of the depth (Radford et al. 2019)."""
+    scale = 1.0 if num_residual_layers is None else 1 / math.sqrt(num_residual_layers)
+    bound = scale / math.sqrt(linear.in_features)
+    init.uniform_(linear.weight, -bound, bound)
+    if linear.bias is not None:
+        init.zeros_(linear.bias)

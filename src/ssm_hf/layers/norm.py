@@ -1,0 +1,45 @@
+"""RMS norm layers."""
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from ssm_hf.ops import rms_norm
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight; see `ssm_hf.ops.rms_norm` for shapes, gate and groups."""
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        eps: float,
+        group_size: int | None = None,
+        norm_before_gate: bool = False,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+        self.group_size = group_size
+        self.norm_before_gate = norm_before_gate
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """All ones."""
+        init.ones_(self.weight)
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        """Normalise x (..., size), optionally gated by silu(gate)."""
+        return rms_norm(
+            x,
+            self.weight,
+            eps=self.eps,
+            gate=gate,
+            group_size=self.group_size,
+            norm_before_gate=self.norm_before_gate,
+        )
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return f"{self.weight.shape[0]}, eps={self.eps}"

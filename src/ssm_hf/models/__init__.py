@@ -1,0 +1,1 @@
+"""Model families, a folder per `model_type`, and what they share."""

@@ -1,0 +1,502 @@
+"""What is equal in every model family: residual stream, layer loop, head, loss, generation hooks.
+
+A model file owns names and wiring; its classes mix these in.
+"""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from ssm_hf.cache import RecurrentCache
+from ssm_hf.layers.mixer import Mixer, reset_linear
+from ssm_hf.layers.norm import RMSNorm
+from ssm_hf.models.checkpoint import check_checkpoint
+from ssm_hf.ops.packing import previous_real
+from ssm_hf.sequence import SequenceInfo
+
+IGNORED = -100
+# Standard deviation of embeddings in mamba_ssm (GPT-2's).
+EMBEDDING_STD = 0.02
+_CACHES_THAT_ARE_OURS = (None, "dynamic", "static")
+
+
+@dataclass
+class SSMModelOutput(BaseModelOutputWithPast):
+    """Hidden states (B, T, D), the cache, and optionally every layer's output.
+
+    `hidden_states` holds the output of each layer and then the normalised last one, as
+    transformers' Mamba models return it.
+    """
+
+    @property
+    def cache_params(self) -> RecurrentCache | None:
+        """Another name of `past_key_values`."""
+        return self.past_key_values  # pyright: ignore[reportReturnType]
+
+
+@dataclass
+class SSMCausalLMOutput(CausalLMOutputWithPast):
+    """Loss, logits (B, T, V) in fp32, the cache, and optionally every layer's output."""
+
+    @property
+    def cache_params(self) -> RecurrentCache | None:
+        """Another name of `past_key_values`."""
+        return self.past_key_values  # pyright: ignore[reportReturnType]
+
+
+def residual(x: Tensor, norm: nn.Module, sublayer: nn.Module, *args: Any) -> Tensor:
+    """x + sublayer(norm(x)); x keeps the stream's dtype, the sublayer runs in the norm's."""
+    weight: Tensor = norm.weight  # pyright: ignore[reportAssignmentType]
+    return x + sublayer(norm(x.to(weight.dtype)), *args)
+
+
+class SSMPreTrainedModel(PreTrainedModel):
+    """Initial values, loading checks and optimiser facts of all our models."""
+
+    supports_gradient_checkpointing = True
+    # The cache can take tokens back, so assisted decoding is possible.
+    _is_stateful = False
+    _can_compile_fullgraph = False
+    # Rounding these to bf16 changes every decay; mixers compute with them in fp32 anyway.
+    _keep_in_fp32_modules_strict: ClassVar[Any] = ["A_log", "D", "dt_bias"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        scheme, std = self.config.initialization, self.config.initializer_range
+        if isinstance(module, Mixer):
+            rescale = scheme == "mamba_ssm" or self.config.rescale_prenorm_residual
+            depth = self.config.num_hidden_layers if rescale else None
+            module.reset_parameters(scheme, std, depth)
+        elif isinstance(module, RMSNorm):
+            module.reset_parameters()
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=std if scheme == "transformers" else EMBEDDING_STD)
+        elif isinstance(module, nn.Linear) and module is self.get_output_embeddings():
+            reset_linear(module, scheme, std)
+
+    @classmethod
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Load a checkpoint; arguments as in `transformers.PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ValueError: a shard is missing or cut off, a pickle holds more than tensors, or weights
+                of the model are not in the checkpoint (they would be random).
+        """
+        if pretrained_model_name_or_path is not None and os.path.isdir(
+            pretrained_model_name_or_path
+        ):
+            check_checkpoint(pretrained_model_name_or_path, kwargs.get("subfolder", ""))
+        wants_info = kwargs.pop("output_loading_info", False)
+        loaded: Any = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        model, info = loaded
+        if info["missing_keys"]:
+            missing = sorted(info["missing_keys"])
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks {len(missing)} weights of {cls.__name__}, "
+                f"which would be left random: {', '.join(missing[:5])}"
+            )
+        return (model, info) if wants_info else model
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Two optimiser groups: decayed, and not decayed (norms, biases, A_log, D, dt_bias).
+
+        Returns:
+            `[{"params", "names", "weight_decay"}, ...]` over all parameters that require gradients.
+        """
+        spared: set[nn.Parameter] = set()
+        for module in self.modules():
+            spare: Iterable[str] = ("bias",)
+            if isinstance(module, Mixer):
+                spare = (*spare, *module.no_decay)
+            elif isinstance(module, RMSNorm):
+                spare = ("weight",)
+            spared.update(p for name, p in module.named_parameters(recurse=False) if name in spare)
+        named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        groups = []
+        for decay, chosen in ((weight_decay, False), (0.0, True)):
+            members = [(name, p) for name, p in named if (p in spared) == chosen]
+            groups.append(
+                {
+                    "params": [p for _, p in members],
+                    "names": [name for name, _ in members],
+                    "weight_decay": decay,
+                }
+            )
+        return groups
+
+    def flops_per_token(self, sequence_length: int) -> int:
+        """Floating-point operations of one token's forward pass (a multiply-add counts 2).
+
+        Args:
+            sequence_length: tokens per row, for layers whose cost grows with it.
+        """
+        del sequence_length
+        mixers = sum(m.flops_per_token() for m in self.modules() if isinstance(m, Mixer))
+        head = self.get_output_embeddings()
+        return mixers + (0 if head is None else 2 * head.weight.numel())  # pyright: ignore[reportCallIssue, reportOperatorIssue, reportAttributeAccessIssue]
+
+
+def _check_cache(cache: Any, num_layers: int) -> None:
+    if not isinstance(cache, RecurrentCache):
+        raise ValueError(
+            f"past_key_values must be an ssm_hf.RecurrentCache, got {type(cache).__name__}"
+        )
+    if len(cache.layers) != num_layers:
+        raise ValueError(
+            f"past_key_values belongs to another model: it has {len(cache.layers)} layers, this "
+            f"model has {num_layers}"
+        )
+
+
+def _check_ids(ids: Tensor, name: str, size: int, ignored: int | None = None) -> None:
+    """Token numbers in range; without a synchronisation on a GPU."""
+    if torch.compiler.is_compiling() or ids.numel() == 0:
+        return
+    wrong = (ids < 0) | (ids >= size)
+    if ignored is not None:
+        wrong &= ids != ignored
+    if ids.device.type == "cpu":
+        if bool(wrong.any()):
+            raise ValueError(
+                f"{name} must lie in [0, {size}), the vocabulary, got {int(ids[wrong][0])}"
+            )
+    elif ids.device.type == "cuda":
+        torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
+            ~wrong.any(), f"{name} must lie in [0, {size}), the vocabulary"
+        )
+
+
+class BackboneMixin:
+    """Forward pass of a stack: embed, blocks, final norm.
+
+    The model class names its three parts by `_parts()`.
+    """
+
+    def _parts(self) -> tuple[nn.Embedding, nn.ModuleList, nn.Module]:
+        raise NotImplementedError
+
+    def forward(
+        self: Any,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: RecurrentCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        seq_idx: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        cache_params: RecurrentCache | None = None,
+        sequence_info: SequenceInfo | None = None,
+    ) -> SSMModelOutput | tuple[Any, ...]:
+        """Hidden states of every token.
+
+        Args:
+            input_ids: (B, T) token numbers; or
+            inputs_embeds: (B, T, D).
+            attention_mask: (B, T), or (B, seen + T) with a cache; 1 = real token, on any side.
+            position_ids: (B, T); documents packed into a row restart their positions.
+            past_key_values: state to continue from; updated in place. `cache_params` is an alias.
+            use_cache: return the state (default: `config.use_cache`, and False in training).
+            output_hidden_states: return every layer's output.
+            return_dict: False returns a tuple.
+            seq_idx: (B, T) document numbers of packed rows.
+            cu_seqlens: (n+1,) document offsets into one row, also spelled `cu_seq_lens_q`/`_k`
+                with `max_length_q`/`_k`.
+            sequence_info: the facts of all these, where a caller has them already.
+
+        Raises:
+            ValueError: arguments of wrong shape, out of range, or in disagreement; a cache of
+                another batch size, dtype or model.
+        """
+        embed, blocks, final_norm = self._parts()
+        config = self.config
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        if use_cache is None:
+            use_cache = config.use_cache and not self.training
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        past_key_values = _one_cache(past_key_values, cache_params)
+        if self.gradient_checkpointing and self.training and past_key_values is None:
+            use_cache = False
+        if input_ids is not None:
+            _check_ids(input_ids, "input_ids", embed.num_embeddings)
+        x: Tensor = embed(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = RecurrentCache(config)
+        if past_key_values is not None:
+            _check_cache(past_key_values, len(blocks))
+        if sequence_info is None:
+            sequence_info = SequenceInfo.from_inputs(
+                x.shape[0],
+                x.shape[1],
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                seq_idx=seq_idx,
+                cu_seqlens=cu_seqlens,
+                cu_seq_lens_q=cu_seq_lens_q,
+                cu_seq_lens_k=cu_seq_lens_k,
+                max_length_q=max_length_q,
+                max_length_k=max_length_k,
+                past_length=past_key_values.seen_tokens if past_key_values is not None else 0,
+            )
+        tokens = x.shape[1]
+        if config.residual_in_fp32 and x.dtype != torch.float64:
+            x = x.float()
+        outputs = []
+        for block in blocks:
+            x = block(x, sequence_info, past_key_values=past_key_values)
+            if output_hidden_states:
+                outputs.append(x)
+        x = final_norm(x)
+        if output_hidden_states:
+            outputs.append(x)
+        if past_key_values is not None:
+            past_key_values.seen_tokens += tokens
+        result = SSMModelOutput(
+            last_hidden_state=x,  # pyright: ignore[reportArgumentType]
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=tuple(outputs) if output_hidden_states else None,
+        )
+        return result if return_dict in (None, True) else result.to_tuple()
+
+
+def _one_cache(
+    past_key_values: RecurrentCache | None, cache_params: RecurrentCache | None
+) -> RecurrentCache | None:
+    if past_key_values is None or cache_params is None:
+        return past_key_values if past_key_values is not None else cache_params
+    if past_key_values is not cache_params:
+        raise ValueError("past_key_values and cache_params are one argument: pass one of them")
+    return past_key_values
+
+
+def shift_labels(labels: Tensor, seq: SequenceInfo) -> Tensor:
+    """Targets (B, T): at each token the label of the next real one, -100 where there is none.
+
+    The first token of a document has nothing to be predicted from; pads are no targets and stand
+    between no neighbours, so padding and packing leave the loss unchanged.
+    """
+    batch, length = labels.shape
+    targets = labels.new_full((batch, length), IGNORED)
+    if seq.mask is None:
+        targets[:, :-1] = labels[:, 1:]
+        if seq.seq_idx is not None:
+            targets[:, :-1].masked_fill_(seq.seq_idx[:, 1:] != seq.seq_idx[:, :-1], IGNORED)
+        return targets
+    previous = previous_real(seq.mask)
+    predicted = seq.mask & (previous >= 0)
+    if seq.seq_idx is not None:
+        predicted &= seq.seq_idx == seq.seq_idx.gather(1, previous.clamp(min=0))
+    rows, columns = predicted.nonzero(as_tuple=True)
+    targets[rows, previous[rows, columns]] = labels[rows, columns]
+    return targets
+
+
+class CausalLMMixin:
+    """Language-model head over `self.backbone`-like stacks, its loss, and generation hooks."""
+
+    # Trainer: the loss can be divided by the number of targets of a whole accumulated batch.
+    accepts_loss_kwargs = True
+
+    def forward(
+        self: Any,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: RecurrentCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        *,
+        seq_idx: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        cache_params: RecurrentCache | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> SSMCausalLMOutput | tuple[Any, ...]:
+        """Logits of the next token, and the loss if labels are given.
+
+        Args:
+            labels: (B, T) token numbers, -100 = ignored; shifted inside. The labels of a document's
+                first token and of pads are ignored.
+            output_attentions: must not be True; there are no attention weights.
+            logits_to_keep: only the last so many positions (0 = all), or their indices.
+            num_items_in_batch: the summed loss is divided by it; default: by the number of targets.
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
+                output_hidden_states, return_dict, seq_idx, cu_seqlens, cu_seq_lens_q,
+                cu_seq_lens_k, max_length_q, max_length_k, cache_params: as in the backbone.
+
+        Returns:
+            `SSMCausalLMOutput`, logits in fp32.
+
+        Raises:
+            ValueError: as in the backbone; labels of wrong shape, out of range, or all ignored.
+        """
+        if output_attentions:
+            raise ValueError("output_attentions=True: this model has no attention weights")
+        past_key_values = _one_cache(past_key_values, cache_params)
+        shaped = input_ids if input_ids is not None else inputs_embeds
+        if shaped is None:
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        if labels is not None and labels.shape != shaped.shape[:2]:
+            raise ValueError(
+                f"labels must have shape {tuple(shaped.shape[:2])}, got {tuple(labels.shape)}"
+            )
+        seq = SequenceInfo.from_inputs(
+            shaped.shape[0],
+            shaped.shape[1],
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            seq_idx=seq_idx,
+            cu_seqlens=cu_seqlens,
+            cu_seq_lens_q=cu_seq_lens_q,
+            cu_seq_lens_k=cu_seq_lens_k,
+            max_length_q=max_length_q,
+            max_length_k=max_length_k,
+            past_length=past_key_values.get_seq_length() if past_key_values is not None else 0,
+        )
+        targets = None
+        if labels is not None:
+            _check_ids(labels, "labels", self.config.vocab_size, IGNORED)
+            targets = shift_labels(labels, seq)
+            _check_targets(targets)
+        base = self.base_model(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            sequence_info=seq,
+        )
+        head = self.get_output_embeddings()
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = head(base.last_hidden_state[:, keep].to(head.weight.dtype))
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        loss = None
+        if targets is not None:
+            if logits.shape[1] != targets.shape[1]:
+                targets = targets[:, keep]
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+                shift_labels=targets,
+            )
+        result = SSMCausalLMOutput(
+            loss=loss,
+            logits=logits,  # pyright: ignore[reportArgumentType]
+            past_key_values=base.past_key_values,
+            hidden_states=base.hidden_states,
+        )
+        return result if return_dict in (None, True) else result.to_tuple()
+
+    def _prepare_cache_for_generation(
+        self: Any,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Put a `RecurrentCache` into `model_kwargs`, always named past_key_values."""
+        cache = _one_cache(
+            model_kwargs.pop("past_key_values", None), model_kwargs.pop("cache_params", None)
+        )
+        implementation = generation_config.cache_implementation
+        if implementation not in _CACHES_THAT_ARE_OURS:
+            raise ValueError(
+                f"cache_implementation={implementation!r} is not supported: a recurrent state has "
+                f"a fixed size; use one of {_CACHES_THAT_ARE_OURS}"
+            )
+        if cache is not None:
+            if implementation is not None:
+                raise ValueError("pass either cache_implementation or past_key_values, not both")
+            _check_cache(cache, self.config.num_hidden_layers)
+            cache._is_user_defined = True  # pyright: ignore[reportAttributeAccessIssue]
+        elif generation_config.use_cache is not False:
+            cache = RecurrentCache(self.config)
+        else:
+            return
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        model_kwargs["past_key_values"] = cache
+
+    def prepare_inputs_for_generation(
+        self: Any,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: RecurrentCache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Inputs of the next forward pass: only tokens that the cache has not seen.
+
+        Raises:
+            ValueError: nothing is left to process.
+        """
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        given = inputs_embeds if inputs_embeds is not None and is_first_iteration else input_ids
+        length = given.shape[1]
+        # Assisted decoding hands over the whole sequence in its first round.
+        if seen and next_sequence_length is None:
+            covered = attention_mask.shape[1] if attention_mask is not None else length
+            if covered == length:
+                next_sequence_length = length - seen
+        if seen and next_sequence_length is not None and next_sequence_length < 1:
+            raise ValueError(
+                f"input_ids holds {length} tokens, but past_key_values has seen {seen}: pass the "
+                "whole sequence, or the new tokens with an attention_mask over old and new ones"
+            )
+        return super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+
+
+def _check_targets(targets: Tensor) -> None:
+    if torch.compiler.is_compiling():
+        return
+    some = (targets != IGNORED).any()
+    message = "labels: every target is ignored (-100), so the loss would be 0/0"
+    if targets.device.type == "cpu":
+        if not bool(some):
+            raise ValueError(message)
+    elif targets.device.type == "cuda":
+        torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
+            some, message
+        )

@@ -1,0 +1,116 @@
+"""Checks shared by the configs of formats that transformers owns.
+
+Such a config keeps upstream's fields and defaults. Upstream stores any unknown keyword and ignores
+it; here a constructor refuses one, and a file is refused where it asks for a model that the format
+cannot express. Other keys of a file are kept, as upstream does.
+"""
+
+import difflib
+import logging
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedConfig
+
+logger = logging.getLogger("ssm_hf")
+
+# mamba_ssm options that change the computation and have no place in transformers' mamba formats,
+# with the values that mean "not used".
+INEXPRESSIBLE: dict[str, tuple[Any, ...]] = {
+    "d_ssm": (None,),
+    "D_has_hdim": (False,),
+    "rmsnorm": (True,),
+    "rms_norm": (True,),
+    "norm_before_gate": (False,),
+    "d_intermediate": (0,),
+    "attn_layer_idx": ([], ()),
+}
+# Older transformers wrote these into mamba2 files whatever the model was, and never read them.
+_WRITTEN_BUT_NEVER_READ = ("norm_before_gate", "rms_norm")
+
+_BASE_KEYWORDS = {
+    *("torch_dtype", "name_or_path", "num_labels", "output_attentions", "model_type"),
+    *("attn_implementation", "experts_implementation", "per_layer_config", "auto_map"),
+    *("quantization_config", "tokenizer_class", "use_cache"),
+}
+
+
+class NativeConfigMixin(PreTrainedConfig):
+    """Adds the checks above to a config class of transformers."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        fields = set(type(self).__dataclass_fields__)
+        known = fields | _BASE_KEYWORDS | set(GenerationConfig._get_default_generation_params())
+        for key, value in kwargs.items():
+            if key in known or key.startswith("_"):
+                continue
+            name = type(self).__name__
+            if key in INEXPRESSIBLE:
+                raise ValueError(
+                    f"{name} got {key}={value!r}, which the {self.model_type!r} format cannot "
+                    "express; transformers would ignore it and run another model"
+                )
+            close = difflib.get_close_matches(key, sorted(fields), n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"{name} got an unknown argument {key}={value!r}{hint}")
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build from the content of a config.json; keys of no field are kept as attributes.
+
+        Raises:
+            ValueError: the file is in mamba_ssm's format, or asks for a model that this format
+                cannot express.
+        """
+        if "d_model" in config_dict and "hidden_size" not in config_dict:
+            raise ValueError(
+                "config.json is in mamba_ssm's own format (it has d_model, not hidden_size): "
+                "convert the checkpoint with `python -m ssm_hf.convert SRC DST`"
+            )
+        for key, neutral in INEXPRESSIBLE.items():
+            value = config_dict.get(key, neutral[0])
+            if value in neutral:
+                continue
+            if key in _WRITTEN_BUT_NEVER_READ:
+                logger.warning(
+                    "config.json holds %s=%r, a key that transformers writes and never reads; "
+                    "it is ignored here too",
+                    key,
+                    value,
+                )
+                continue
+            raise ValueError(
+                f"config.json asks for {key}={value!r}, which the {cls.model_type!r} format cannot "
+                "express"
+            )
+        known = set(cls.__dataclass_fields__) | _BASE_KEYWORDS
+        known |= set(GenerationConfig._get_default_generation_params())
+        foreign = {k: v for k, v in config_dict.items() if k not in known and k[0] != "_"}
+        native = {k: v for k, v in config_dict.items() if k not in foreign}
+        result = super().from_dict(native, **kwargs)
+        config = result[0] if isinstance(result, tuple) else result
+        for key, value in foreign.items():
+            setattr(config, key, value)
+        config.validate_architecture()
+        return result
+
+    def validate_architecture(self) -> None:
+        """What every format of ours requires; subclasses add theirs."""
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "state_size", "expand",
+                     "conv_kernel"):  # fmt: skip
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.hidden_act not in ("silu", "swish"):  # pyright: ignore[reportAttributeAccessIssue]
+            raise ValueError(
+                f'hidden_act must be "silu", which the operators apply, got {self.hidden_act!r}'  # pyright: ignore[reportAttributeAccessIssue]
+            )
+        if self.initialization not in ("mamba_ssm", "transformers"):  # pyright: ignore[reportAttributeAccessIssue]
+            raise ValueError(
+                f'initialization must be "mamba_ssm" or "transformers", got {self.initialization!r}'  # pyright: ignore[reportAttributeAccessIssue]
+            )
+        low, high = self.time_step_min, self.time_step_max  # pyright: ignore[reportAttributeAccessIssue]
+        if not 0 < low <= high:
+            raise ValueError(
+                f"time_step_min and time_step_max must satisfy 0 < min <= max, got {low}, {high}"
+            )

@@ -1,0 +1,25 @@
+"""Operators: a folder each, with one public function, its reference and its kernels."""
+
+from ssm_hf.ops.causal_conv1d import causal_conv1d
+from ssm_hf.ops.dispatch import (
+    ImplementationUnavailableError,
+    implementation,
+    implementations,
+    print_implementations,
+)
+from ssm_hf.ops.linear_scan import linear_scan
+from ssm_hf.ops.rms_norm import rms_norm
+from ssm_hf.ops.selective_scan import selective_scan
+from ssm_hf.ops.ssd import ssd
+
+__all__ = [
+    "ImplementationUnavailableError",
+    "causal_conv1d",
+    "implementation",
+    "implementations",
+    "linear_scan",
+    "print_implementations",
+    "rms_norm",
+    "selective_scan",
+    "ssd",
+]

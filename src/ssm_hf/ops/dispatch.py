@@ -1,0 +1,121 @@
+"""Which implementation of an operator runs, and why: the only place that decides.
+
+`impl="reference"` is the vectorised torch path, `"triton"` the GPU kernels, `"auto"` the fastest
+one that can run. An explicit request that cannot be met raises; `auto` steps down with one line in
+the log.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Literal, TypeVar, get_args
+
+import torch
+
+Impl = Literal["auto", "reference", "triton"]
+OPERATORS = ("causal_conv1d", "linear_scan", "rms_norm", "selective_scan", "ssd")
+
+logger = logging.getLogger("ssm_hf")
+_forced: list[Impl] = []
+_told: set[str] = set()
+_Run = TypeVar("_Run", bound=Callable[..., object])
+
+
+class ImplementationUnavailableError(RuntimeError):
+    """An implementation was asked for by name and cannot run here; the message says why."""
+
+
+def why_not_triton(op: str, device: torch.device) -> str | None:
+    """Reason why the Triton kernel of `op` cannot run on tensors of `device`; None when it can."""
+    del device
+    return f"this version of ssm_hf has no Triton kernel for {op}"
+
+
+def _wanted(impl: str) -> Impl:
+    source = "impl"
+    if impl == "auto" and _forced:
+        impl, source = _forced[-1], "implementation(...)"
+    elif impl == "auto" and "SSM_HF_IMPL" in os.environ:
+        impl, source = os.environ["SSM_HF_IMPL"], "environment variable SSM_HF_IMPL"
+    for choice in get_args(Impl):
+        if impl == choice:
+            return choice
+    raise ValueError(f"{source} must be one of {get_args(Impl)}, got {impl!r}")
+
+
+def pick(
+    op: str, impl: str, device: torch.device, *, reference: _Run, triton: _Run | None = None
+) -> _Run:
+    """Return the callable that runs operator `op` on tensors of `device`.
+
+    Args:
+        op: operator name, for messages.
+        impl: `"auto"`, `"reference"` or `"triton"`; `"auto"` obeys `implementation(...)` and then
+            the environment variable `SSM_HF_IMPL`.
+        device: device of the operator's inputs.
+        reference: vectorised torch path.
+        triton: kernel launcher, or None where no kernel exists.
+
+    Raises:
+        ImplementationUnavailableError: `"triton"` was asked for and cannot run.
+        ValueError: `impl` is none of the three words.
+    """
+    wanted = _wanted(impl)
+    if wanted == "reference":
+        return reference
+    reason = why_not_triton(op, device)
+    if reason is None and triton is not None:
+        return triton
+    if wanted == "triton":
+        raise ImplementationUnavailableError(
+            f'impl="triton" was requested for {op}, but {reason}; use impl="auto" or "reference"'
+        )
+    # On a CPU the torch path is what one expects; elsewhere it is slower than it could be: say so.
+    if device.type not in ("cpu", "meta") and op not in _told:
+        _told.add(op)
+        logger.warning("%s runs its torch path on %s: %s", op, device.type, reason)
+    return reference
+
+
+@contextmanager
+def implementation(impl: Impl) -> Generator[None, None, None]:
+    """Within the block, `impl="auto"` means `impl`: for tests and for hunting down a difference."""
+    _forced.append(_wanted(impl) if impl != "auto" else "auto")
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def implementations(device: torch.device | str | None = None) -> dict[str, tuple[str, str]]:
+    """For every operator: which implementation `impl="auto"` takes on `device`, and the reason.
+
+    Args:
+        device: where the tensors lie; default the first CUDA device, else the CPU.
+
+    Returns:
+        `{operator: ("triton" | "reference", reason)}`.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    wanted = _wanted("auto")
+    table: dict[str, tuple[str, str]] = {}
+    for op in OPERATORS:
+        reason = why_not_triton(op, device)
+        if wanted == "reference":
+            table[op] = ("reference", "requested by implementation(...) or SSM_HF_IMPL")
+        elif reason is None:
+            table[op] = ("triton", f"Triton kernels run on {device.type}")
+        elif wanted == "triton":
+            table[op] = ("error", f'"triton" is requested, but {reason}')
+        else:
+            table[op] = ("reference", reason)
+    return table
+
+
+def print_implementations(device: torch.device | str | None = None) -> None:
+    """Print the table of `implementations`, one operator a line."""
+    for op, (impl, reason) in implementations(device).items():
+        print(f"{op:<16} {impl:<10} {reason}")

@@ -1,0 +1,145 @@
+"""Mamba-1's selective scan in plain torch: the equations, a vectorised path, one step.
+
+All functions take Δ ready made (see `step_size`) and leave D and the gate to the caller:
+x, dt (B, T, I), A (I, N), B, C (B, T, N), state (B, I, N).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssm_hf.ops.linear_scan.reference import scan_
+from ssm_hf.ops.packing import document_starts
+
+
+def selective_scan_recurrent(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor,
+    doc: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The definition, one token at a time (Gu and Dao 2023, algorithm 2)."""
+    starts = None if doc is None else document_starts(doc)
+    outputs = []
+    for t in range(x.shape[1]):
+        if starts is not None:
+            state = state * ~starts[:, t, None, None]
+        y, state = selective_scan_step(x[:, t], dt[:, t], A, B[:, t], C[:, t], state)
+        outputs.append(y)
+    return torch.stack(outputs, dim=1), state
+
+
+def selective_scan_step(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One token: h <- exp(Δ A) h + Δ x B, y = h C, with x, dt (B, I) and B, C (B, N)."""
+    decay = torch.exp(dt[..., None] * A)
+    state = torch.baddbmm(decay * state, (dt * x)[..., None], B[:, None])
+    return torch.matmul(state, C[..., None])[..., 0], state
+
+
+def _tokens_per_block(x: Tensor, states: int) -> int:
+    """Block length: its (B, I, N) states should stay in a CPU's cache; a GPU wants more at once."""
+    elements = 2**19 if x.device.type == "cpu" else 2**25
+    per_token = x.shape[0] * x.shape[2] * states
+    return max(8, min(256, elements // per_token))
+
+
+class _BlockScan(torch.autograd.Function):
+    """Blocks of tokens with a log-depth scan inside; only the state at each block's start is kept.
+
+    The (B, T, I, N) states exist for one block at a time, in the forward and in the backward pass,
+    which scans each block again. Inside a block time comes first, so that strided passes over time
+    touch whole rows.
+    """
+
+    @staticmethod
+    def _scan(
+        x: Tensor, dt: Tensor, A: Tensor, B: Tensor, starts: Tensor | None, state: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """States of one block and its decays; all inputs time first."""
+        decay = torch.exp_(dt[..., None] * A)
+        if starts is not None:
+            decay.masked_fill_(starts[..., None, None], 0)
+        h = (dt * x)[..., None] * B[:, :, None]
+        h[0].addcmul_(decay[0], state)
+        scan_(decay.clone() if h.shape[0] > 1 else decay, h)
+        return h, decay
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        state: Tensor,
+        starts: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        block = _tokens_per_block(x, A.shape[1])
+        xt, dtt, Bt, Ct = (v.transpose(0, 1).contiguous() for v in (x, dt, B, C))
+        startst = None if starts is None else starts.transpose(0, 1)
+        y = torch.empty_like(xt)
+        entering = []
+        for s in range(0, xt.shape[0], block):
+            part = slice(s, s + block)
+            entering.append(state)
+            resets = None if startst is None else startst[part]
+            h, _ = _BlockScan._scan(xt[part], dtt[part], A, Bt[part], resets, state)
+            y[part] = torch.matmul(h, Ct[part, :, :, None])[..., 0]
+            state = h[-1].clone()
+        ctx.save_for_backward(xt, dtt, A, Bt, Ct, startst, *entering)
+        ctx.block = block
+        return y.transpose(0, 1), state
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        xt, dtt, A, Bt, Ct, startst, *entering = ctx.saved_tensors
+        dyt = dy.transpose(0, 1).contiguous()
+        dx, ddt, dB, dC = (torch.empty_like(v) for v in (xt, dtt, Bt, Ct))
+        dA = torch.zeros_like(A)
+        for i in reversed(range(len(entering))):
+            part = slice(i * ctx.block, (i + 1) * ctx.block)
+            xb, dtb, Bb, Cb, dyb = xt[part], dtt[part], Bt[part], Ct[part], dyt[part]
+            resets = None if startst is None else startst[part]
+            h, decay = _BlockScan._scan(xb, dtb, A, Bb, resets, entering[i])
+            # g_t = C_t dy_t + a_{t+1} g_{t+1}: the gradient with respect to h_t after all its uses.
+            g = dyb[..., None] * Cb[:, :, None]
+            g[-1].add_(dstate)
+            after = torch.empty_like(decay)
+            after[:-1] = decay[1:]
+            after[-1] = 0
+            scan_(after, g, reverse=True)
+            dC[part] = torch.matmul(dyb[:, :, None], h)[:, :, 0]
+            dB[part] = torch.matmul((dtb * xb)[:, :, None], g)[:, :, 0]
+            du = torch.matmul(g, Bb[..., None])[..., 0]
+            dstate = decay[0] * g[0]
+            # g_t a_t h_{t-1}, the gradient with respect to the exponent Δ_t A.
+            g.mul_(decay)
+            g[0].mul_(entering[i])
+            g[1:].mul_(h[:-1])
+            dx[part] = dtb * du
+            ddt[part] = xb * du + (g * A).sum(-1)
+            dA += torch.einsum("tbin,tbi->in", g, dtb)
+        dx, ddt, dB, dC = (v.transpose(0, 1) for v in (dx, ddt, dB, dC))
+        return dx, ddt, dA, dB, dC, dstate, None
+
+
+def selective_scan_blocked(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor,
+    doc: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Vectorised path; see `_BlockScan`."""
+    starts = None if doc is None else document_starts(doc)
+    return _BlockScan.apply(x, dt, A, B, C, state, starts)  # pyright: ignore[reportReturnType]
