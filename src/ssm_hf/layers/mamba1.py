@@ -8,6 +8,7 @@ from transformers import initialization as init
 
 from ssm_hf.cache import RecurrentCache, State
 from ssm_hf.layers.init import dt_bias_values
+from ssm_hf.layers.linear import Linear
 from ssm_hf.layers.mixer import (
     CausalConv1d,
     Initialization,
@@ -68,12 +69,14 @@ class Mamba1Mixer(Mixer):
         self.time_step_scale = time_step_scale
         self.time_step_init_scheme = time_step_init_scheme
         self.conv1d = CausalConv1d(inner_size, conv_kernel, bias=use_conv_bias)
-        self.in_proj = nn.Linear(hidden_size, 2 * inner_size, bias=use_bias)
-        self.x_proj = nn.Linear(inner_size, time_step_rank + 2 * state_size, bias=False)
+        self.in_proj = Linear(hidden_size, 2 * inner_size, bias=use_bias)
+        self.x_proj = Linear(inner_size, time_step_rank + 2 * state_size, bias=False)
         self.dt_proj = StepProjection(time_step_rank, inner_size, bias=True)
         self.A_log = nn.Parameter(torch.empty(inner_size, state_size))
         self.D = nn.Parameter(torch.empty(inner_size))
-        self.out_proj = nn.Linear(inner_size, hidden_size, bias=use_bias)
+        self.out_proj = Linear(inner_size, hidden_size, bias=use_bias)
+        # A mixer used outside a model is initialised too; a model draws again, by its config.
+        self.reset_parameters("mamba_ssm", std=0.0, num_residual_layers=None)
 
     def reset_parameters(
         self, scheme: Initialization, std: float, num_residual_layers: int | None
@@ -112,8 +115,8 @@ class Mamba1Mixer(Mixer):
         self, x: Tensor, seq: SequenceInfo, past_key_values: RecurrentCache | None = None
     ) -> Tensor:
         """Mix x (B, T, D); with a cache, continue from its state and update it."""
-        layer, state = self._layer(past_key_values, x)
         hidden, z = self.in_proj(x).chunk(2, dim=-1)
+        layer, state = self._layer(past_key_values, hidden)
         conv_in = hidden
         hidden, conv_state = self.conv1d(hidden, seq, state.get("conv_state"))
         low, B, C = self.x_proj(hidden).split(
@@ -139,7 +142,9 @@ class Mamba1Mixer(Mixer):
             if layer.record_past:
                 inputs = {"conv_in": conv_in, "x": hidden, "dt": dt, "B": B}
                 inputs["mask"] = recorded_mask(seq, x)
-                layer.record(_replay, inputs, {"conv_weight": self.conv1d.weight[:, 0], "A": A})
+                # Any weight will do: a replay reads the window alone, and ours may be offloaded.
+                weight = conv_in.new_zeros(conv_in.shape[-1], self.conv_kernel)
+                layer.record(_replay, inputs, {"conv_weight": weight, "A": A})
             layer.write({"conv_state": conv_state, "ssm_state": ssm_state})
         return self.out_proj(y)
 

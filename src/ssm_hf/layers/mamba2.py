@@ -9,6 +9,7 @@ from transformers import initialization as init
 
 from ssm_hf.cache import RecurrentCache, State
 from ssm_hf.layers.init import dt_bias_values, log_uniform_values
+from ssm_hf.layers.linear import Linear
 from ssm_hf.layers.mixer import (
     CausalConv1d,
     Initialization,
@@ -91,7 +92,7 @@ class Mamba2Mixer(Mixer):
         self.conv_size = self.ssm_size + 2 * n_groups * state_size
         self.conv1d = CausalConv1d(self.conv_size, conv_kernel, bias=use_conv_bias)
         in_size = 2 * self.mlp_size + self.ssm_size + self.conv_size + num_heads
-        self.in_proj = nn.Linear(hidden_size, in_size, bias=use_bias)
+        self.in_proj = Linear(hidden_size, in_size, bias=use_bias)
         self.dt_bias = nn.Parameter(torch.empty(num_heads))
         self.A_log = nn.Parameter(torch.empty(num_heads))
         self.norm = None
@@ -103,7 +104,9 @@ class Mamba2Mixer(Mixer):
                 norm_before_gate=norm_before_gate,
             )
         self.D = nn.Parameter(torch.empty(self.ssm_size if D_per_channel else num_heads))
-        self.out_proj = nn.Linear(inner_size, hidden_size, bias=use_bias)
+        self.out_proj = Linear(inner_size, hidden_size, bias=use_bias)
+        # A mixer used outside a model is initialised too; a model draws again, by its config.
+        self.reset_parameters("mamba_ssm", std=0.0, num_residual_layers=None)
 
     def reset_parameters(
         self, scheme: Initialization, std: float, num_residual_layers: int | None
@@ -146,10 +149,10 @@ class Mamba2Mixer(Mixer):
         self, x: Tensor, seq: SequenceInfo, past_key_values: RecurrentCache | None = None
     ) -> Tensor:
         """Mix x (B, T, D); with a cache, continue from its state and update it."""
-        layer, state = self._layer(past_key_values, x)
         gate_mlp, mlp, z, conv_in, dt = self.in_proj(x).split(
             [self.mlp_size, self.mlp_size, self.ssm_size, self.conv_size, self.num_heads], dim=-1
         )
+        layer, state = self._layer(past_key_values, conv_in)
         conv_out, conv_state = self.conv1d(conv_in, seq, state.get("conv_state"))
         grouped = self.n_groups * self.state_size
         hidden, B, C = conv_out.split([self.ssm_size, grouped, grouped], dim=-1)
@@ -182,7 +185,9 @@ class Mamba2Mixer(Mixer):
             if layer.record_past:
                 inputs = {"conv_in": conv_in, "x": hidden, "B": B, "mask": recorded_mask(seq, x)}
                 inputs["dt"] = step_size(dt, self.dt_bias, True, self.time_step_limit, None)
-                layer.record(_replay, inputs, {"conv_weight": self.conv1d.weight[:, 0], "A": A})
+                # Any weight will do: a replay reads the window alone, and ours may be offloaded.
+                weight = conv_in.new_zeros(conv_in.shape[-1], self.conv_kernel)
+                layer.record(_replay, inputs, {"conv_weight": weight, "A": A})
             layer.write({"conv_state": conv_state, "ssm_state": ssm_state})
         return self.out_proj(y)
 

@@ -277,7 +277,9 @@ class BackboneMixin:
             past_key_values=past_key_values if use_cache else None,
             hidden_states=tuple(outputs) if output_hidden_states else None,
         )
-        return result if return_dict in (None, True) else result.to_tuple()
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        return result if return_dict else result.to_tuple()
 
 
 def _one_cache(
@@ -365,6 +367,13 @@ class CausalLMMixin:
         shaped = input_ids if input_ids is not None else inputs_embeds
         if shaped is None:
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        name, expected = (
+            ("input_ids", "(B, T)") if input_ids is not None else ("inputs_embeds", "(B, T, D)")
+        )
+        if shaped.ndim != expected.count(",") + 1:
+            raise ValueError(f"{name} must have shape {expected}, got {tuple(shaped.shape)}")
+        if past_key_values is not None:
+            _check_cache(past_key_values, self.config.num_hidden_layers)
         if labels is not None and labels.shape != shaped.shape[:2]:
             raise ValueError(
                 f"labels must have shape {tuple(shaped.shape[:2])}, got {tuple(labels.shape)}"
@@ -382,10 +391,11 @@ class CausalLMMixin:
             max_length_k=max_length_k,
             past_length=past_key_values.get_seq_length() if past_key_values is not None else 0,
         )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         targets = None
         if labels is not None:
             _check_ids(labels, "labels", self.config.vocab_size, IGNORED)
-            targets = shift_labels(labels, seq)
+            targets = shift_labels(labels, seq)[:, keep].contiguous()
             _check_targets(targets)
         base = self.base_model(
             input_ids=input_ids,
@@ -394,15 +404,13 @@ class CausalLMMixin:
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             sequence_info=seq,
+            return_dict=True,
         )
         head = self.get_output_embeddings()
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = head(base.last_hidden_state[:, keep].to(head.weight.dtype))
         logits = logits if logits.dtype == torch.float64 else logits.float()
         loss = None
         if targets is not None:
-            if logits.shape[1] != targets.shape[1]:
-                targets = targets[:, keep]
             loss = self.loss_function(
                 logits=logits,
                 labels=labels,
@@ -416,7 +424,9 @@ class CausalLMMixin:
             past_key_values=base.past_key_values,
             hidden_states=base.hidden_states,
         )
-        return result if return_dict in (None, True) else result.to_tuple()
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        return result if return_dict else result.to_tuple()
 
     def _prepare_cache_for_generation(
         self: Any,
@@ -469,8 +479,9 @@ class CausalLMMixin:
         length = given.shape[1]
         # Assisted decoding hands over the whole sequence in its first round.
         if seen and next_sequence_length is None:
-            covered = attention_mask.shape[1] if attention_mask is not None else length
-            if covered == length:
+            # generate() drops a mask of ones; the positions still tell how far the sequence goes.
+            whole = attention_mask if attention_mask is not None else kwargs.get("position_ids")
+            if whole is None or whole.shape[1] == length:
                 next_sequence_length = length - seen
         if seen and next_sequence_length is not None and next_sequence_length < 1:
             raise ValueError(

@@ -28,7 +28,7 @@ def check_checkpoint(directory: str | os.PathLike[str], subfolder: str = "") -> 
             continue
         try:
             shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index} is not a shard index: {error!r}") from error
         for shard in shards:
             if not (folder / shard).is_file():

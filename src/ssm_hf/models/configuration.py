@@ -37,6 +37,8 @@ _BASE_KEYWORDS = {
 class NativeConfigMixin(PreTrainedConfig):
     """Adds the checks above to a config class of transformers."""
 
+    _derived = ()
+
     def __post_init__(self, **kwargs: Any) -> None:
         fields = set(type(self).__dataclass_fields__)
         known = fields | _BASE_KEYWORDS | set(GenerationConfig._get_default_generation_params())
@@ -83,7 +85,7 @@ class NativeConfigMixin(PreTrainedConfig):
                 f"config.json asks for {key}={value!r}, which the {cls.model_type!r} format cannot "
                 "express"
             )
-        known = set(cls.__dataclass_fields__) | _BASE_KEYWORDS
+        known = set(cls.__dataclass_fields__) | _BASE_KEYWORDS | set(cls._derived)
         known |= set(GenerationConfig._get_default_generation_params())
         foreign = {k: v for k, v in config_dict.items() if k not in known and k[0] != "_"}
         native = {k: v for k, v in config_dict.items() if k not in foreign}

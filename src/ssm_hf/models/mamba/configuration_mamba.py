@@ -22,10 +22,12 @@ class MambaConfig(NativeConfigMixin, NativeMambaConfig):
             `initializer_range`; out_proj divided only with `rescale_prenorm_residual`).
 
     Raises:
-        ValueError: an unknown argument, or values that contradict one another.
+        ValueError (from a validator: inside huggingface_hub's StrictDataclassError):
+            an unknown argument, or values that contradict one another.
     """
 
     initialization: str = "mamba_ssm"
+    _derived = ("intermediate_size",)
 
     def __post_init__(self, **kwargs: Any) -> None:
         inner = kwargs.pop("intermediate_size", None)

@@ -7,6 +7,7 @@ from transformers import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ssm_hf.cache import RecurrentCache
+from ssm_hf.layers.linear import Linear
 from ssm_hf.layers.mamba1 import Mamba1Mixer
 from ssm_hf.layers.norm import RMSNorm
 from ssm_hf.models.backbone import BackboneMixin, CausalLMMixin, SSMPreTrainedModel, residual
@@ -83,5 +84,5 @@ class MambaForCausalLM(CausalLMMixin, MambaPreTrainedModel, GenerationMixin):
     def __init__(self, config: MambaConfig) -> None:
         super().__init__(config)
         self.backbone = MambaModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()

@@ -22,8 +22,9 @@ class Mamba2Config(NativeConfigMixin, NativeMamba2Config):
             `rescale_prenorm_residual`).
 
     Raises:
-        ValueError: an unknown argument, an option of mamba_ssm that this format cannot express
-            (d_ssm, norm_before_gate, D_has_hdim, ...), or values that contradict one another.
+        ValueError (from a validator: inside huggingface_hub's StrictDataclassError):
+            an unknown argument, an option of mamba_ssm that this format cannot express (d_ssm,
+            norm_before_gate, D_has_hdim, ...), or values that contradict one another.
     """
 
     initialization: str = "mamba_ssm"
@@ -41,8 +42,8 @@ class Mamba2Config(NativeConfigMixin, NativeMamba2Config):
                 f"n_groups must divide num_heads, got n_groups={self.n_groups}, "
                 f"num_heads={self.num_heads}"
             )
-        low, high = self.time_step_limit
-        if not 0 <= low <= high:
+        limit = self.time_step_limit
+        if len(limit) != 2 or not 0 <= limit[0] <= limit[1]:
             raise ValueError(
                 f"time_step_limit must be (lowest, highest) with 0 <= lowest <= highest, "
                 f"got {self.time_step_limit}"

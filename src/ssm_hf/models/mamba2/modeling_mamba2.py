@@ -7,6 +7,7 @@ from transformers import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ssm_hf.cache import RecurrentCache
+from ssm_hf.layers.linear import Linear
 from ssm_hf.layers.mamba2 import Mamba2Mixer
 from ssm_hf.layers.norm import RMSNorm
 from ssm_hf.models.backbone import BackboneMixin, CausalLMMixin, SSMPreTrainedModel, residual
@@ -88,5 +89,5 @@ class Mamba2ForCausalLM(CausalLMMixin, Mamba2PreTrainedModel, GenerationMixin):
     def __init__(self, config: Mamba2Config) -> None:
         super().__init__(config)
         self.backbone = Mamba2Model(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()

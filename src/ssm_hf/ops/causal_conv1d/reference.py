@@ -1,5 +1,7 @@
 """Causal depthwise convolution in plain torch: the equations, a vectorised path, one step."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -46,10 +48,63 @@ def causal_conv1d_step(
     """One token: x (B, C), state (B, K-1, C) of the inputs before it -> y (B, C), next state."""
     window = torch.cat([state, x[:, None]], dim=1)
     dtype = compute_dtype(x, weight)
-    y = torch.einsum("bkc,ck->bc", window.to(dtype), weight.to(dtype))
+    y = (window.to(dtype) * weight.t().to(dtype)).sum(dim=1)
     if bias is not None:
         y = y + bias.to(dtype)
     return _activate(y, activation).to(x.dtype), window[:, 1:]
+
+
+class _ShiftedSum(torch.autograd.Function):
+    """y_t = act(bias + sum_k w_k padded_{t+k}), taps of another document left out.
+
+    A backward pass of its own adds all taps into one gradient; autograd would pad, write and add a
+    whole tensor for each of them.
+    """
+
+    @staticmethod
+    def _tap(padded: Tensor, k: int, doc: Tensor | None, padded_doc: Tensor | None) -> Tensor:
+        length = padded.shape[1] if doc is None else doc.shape[1]
+        shifted = padded[:, k : k + length]
+        if doc is None or padded_doc is None:
+            return shifted
+        return shifted * (padded_doc[:, k : k + length] == doc)[..., None]
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        padded: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        activation: str | None,
+        doc: Tensor | None,
+        padded_doc: Tensor | None,
+    ) -> Tensor:
+        length = padded.shape[1] - weight.shape[1] + 1
+        y = bias
+        for k in range(weight.shape[1]):
+            tap = _ShiftedSum._tap(padded, k, doc, padded_doc)[:, :length]
+            y = torch.addcmul(y, tap, weight[:, k])
+        ctx.save_for_backward(padded, weight, doc, padded_doc, y if activation else None)
+        return _activate(y, activation)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        padded, weight, doc, padded_doc, before_activation = ctx.saved_tensors
+        if before_activation is not None:
+            dy = torch.ops.aten.silu_backward(dy, before_activation)
+        length = dy.shape[1]
+        dpadded, dweight = torch.zeros_like(padded), torch.empty_like(weight)
+        for k in range(weight.shape[1]):
+            part = dpadded[:, k : k + length]
+            if doc is None:
+                part.addcmul_(dy, weight[:, k])
+            else:
+                same = (padded_doc[:, k : k + length] == doc)[..., None]
+                part.addcmul_(dy * same, weight[:, k])
+            tap = _ShiftedSum._tap(padded, k, doc, padded_doc)[:, :length]
+            dweight[:, k] = (dy * tap).sum(dim=(0, 1))
+        return dpadded, dweight, dy.sum(dim=(0, 1)), None, None, None
 
 
 def causal_conv1d_shifted(
@@ -83,14 +138,11 @@ def causal_conv1d_shifted(
     padded_doc = None if doc is None else F.pad(doc, (taps - 1, 0), value=0)
 
     dtype = compute_dtype(x, weight)
-    wide, w = padded.to(dtype), weight.to(dtype)
-    y = x.new_zeros(channels, dtype=dtype) if bias is None else bias.to(dtype)
-    for k in range(taps):
-        shifted = wide[:, k : k + length]
-        if doc is not None and padded_doc is not None and k < taps - 1:
-            shifted = shifted * (padded_doc[:, k : k + length] == doc)[..., None]
-        y = torch.addcmul(y, shifted, w[:, k])
-    y = _activate(y, activation).to(x.dtype)
+    wide_bias = x.new_zeros(channels, dtype=dtype) if bias is None else bias.to(dtype)
+    y: Tensor = _ShiftedSum.apply(  # pyright: ignore[reportAssignmentType]
+        padded.to(dtype), weight.to(dtype), wide_bias, activation, doc, padded_doc
+    )
+    y = y.to(x.dtype)
 
     if mask is None or real_first is None:
         state = padded[:, length:]

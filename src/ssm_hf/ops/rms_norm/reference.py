@@ -1,10 +1,69 @@
 """RMS norm in plain torch."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ssm_hf.ops.packing import compute_dtype
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps the inputs and one number per group; everything else is formed again backwards."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        gate: Tensor | None,
+        eps: float,
+        group_size: int,
+        norm_before_gate: bool,
+    ) -> Tensor:
+        dtype = compute_dtype(x)
+        h, act = x.to(dtype), None if gate is None else F.silu(gate.to(dtype))
+        if act is not None and not norm_before_gate:
+            h = h * act
+        grouped = h.unflatten(-1, (-1, group_size))
+        # ‖h‖² / group_size without a tensor of squares
+        norm = torch.linalg.vector_norm(grouped, dim=-1, keepdim=True)
+        scale = torch.rsqrt(norm * norm / group_size + eps)
+        y = (grouped * scale).view_as(h)
+        y.mul_(weight)
+        if act is not None and norm_before_gate:
+            y.mul_(act)
+        ctx.save_for_backward(x, weight, gate, scale)
+        ctx.group_size, ctx.norm_before_gate = group_size, norm_before_gate
+        return y.to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight, gate, scale = ctx.saved_tensors
+        wide, dy = x.to(scale.dtype), dy.to(scale.dtype)
+        gate_wide = None if gate is None else gate.to(scale.dtype)
+        act = None if gate_wide is None else F.silu(gate_wide)
+        gate_first = act is not None and not ctx.norm_before_gate
+        h = wide * act if gate_first else wide
+        normed = (h.unflatten(-1, (-1, ctx.group_size)) * scale).view_as(h)
+        dact = None
+        if act is not None and ctx.norm_before_gate:
+            dact = dy * normed * weight
+            dy = dy * act
+        dweight = (dy * normed).flatten(0, -2).sum(dim=0)
+        g = (dy * weight).unflatten(-1, (-1, ctx.group_size))
+        n = normed.unflatten(-1, (-1, ctx.group_size))
+        along = torch.linalg.vecdot(g, n).unsqueeze(-1).div_(-ctx.group_size)
+        dh = torch.addcmul(g, n, along).mul_(scale).view_as(h)
+        if gate_first and act is not None:
+            dact = dh * wide
+            dh = dh.mul_(act)
+        dgate = None
+        if dact is not None and gate is not None:
+            dgate = torch.ops.aten.silu_backward(dact, gate_wide).to(gate.dtype)
+        return dh.to(x.dtype), dweight, dgate, None, None, None
 
 
 def rms_norm_torch(
@@ -15,15 +74,28 @@ def rms_norm_torch(
     group_size: int | None,
     norm_before_gate: bool,
 ) -> Tensor:
-    """The definition; statistics, gate and weight in fp32 (fp64 for fp64 inputs)."""
+    """Statistics, gate and weight in fp32 (fp64 for fp64 inputs); see `_RMSNorm`."""
+    size = x.shape[-1] if group_size is None else group_size
+    wide_weight = weight.to(compute_dtype(x))
+    return _RMSNorm.apply(x, wide_weight, gate, eps, size, norm_before_gate)  # pyright: ignore[reportReturnType]
+
+
+def rms_norm_definition(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    gate: Tensor | None,
+    group_size: int | None,
+    norm_before_gate: bool,
+) -> Tensor:
+    """The definition, for any width and with any number of derivatives."""
     dtype = compute_dtype(x)
-    y = x.to(dtype)
-    act = None if gate is None else F.silu(gate.to(dtype))
+    h, act = x.to(dtype), None if gate is None else F.silu(gate.to(dtype))
     if act is not None and not norm_before_gate:
-        y = y * act
-    grouped = y if group_size is None else y.unflatten(-1, (-1, group_size))
-    scale = torch.rsqrt(grouped.square().mean(dim=-1, keepdim=True) + eps)
-    y = (grouped * scale).view_as(y) * weight.to(dtype)
+        h = h * act
+    grouped = h.unflatten(-1, (-1, group_size or x.shape[-1]))
+    grouped = grouped * torch.rsqrt(grouped.square().mean(dim=-1, keepdim=True) + eps)
+    y = grouped.flatten(-2) * weight.to(dtype)
     if act is not None and norm_before_gate:
         y = y * act
     return y.to(x.dtype)

@@ -45,7 +45,7 @@ def ssd_step(
     groups, states = B.shape[1:]
     # One batched product per (row, group): the heads of a group share B and C.
     rows = heads // groups * head_dim
-    u = (dt[..., None] * x).view(batch * groups, rows, 1)
+    u = (dt[..., None] * x).reshape(batch * groups, rows, 1)
     decayed = torch.exp(dt * A)[..., None, None] * state
     state = torch.baddbmm(
         decayed.view(batch * groups, rows, states), u, B.reshape(batch * groups, 1, states)

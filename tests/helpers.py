@@ -1,0 +1,47 @@
+"""What several test files share."""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from ssm_hf import Mamba2Config, MambaConfig
+
+_TINY = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 16}
+
+
+def tiny(model_type: str, **overrides: object) -> PreTrainedConfig:
+    """A config of a few thousand parameters, with short chunks and several groups."""
+    if model_type == "mamba":
+        return MambaConfig(**{**_TINY, "state_size": 4, **overrides})
+    heads = {"num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 4}
+    return Mamba2Config(**{**_TINY, **heads, **overrides})
+
+
+@torch.no_grad()
+def randomize_(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Draw every parameter away from its default, so that no D = 1 or norm = 1 hides a mistake."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(shape: torch.Size) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    for name, p in model.named_parameters():
+        if name.endswith("A_log"):
+            value = 2 * torch.rand(p.shape, generator=generator)
+        elif name.endswith(("dt_bias", "dt_proj.bias")):
+            value = draw(p.shape) - 3
+        elif name.endswith(("norm.weight", "norm_f.weight")):
+            value = 1 + 0.2 * draw(p.shape)
+        elif name.endswith(".D"):
+            value = draw(p.shape)
+        else:
+            value = 0.2 * draw(p.shape)
+        p.copy_(value)
+    return model
+
+
+def relative_error(value: Tensor, expected: Tensor) -> float:
+    """‖value - expected‖ / ‖expected‖, absolute where nothing is expected."""
+    wide = torch.complex128 if expected.is_complex() else torch.float64
+    value, expected = value.detach().to(wide), expected.detach().to(wide)
+    return float((value - expected).norm()) / (float(expected.norm()) or 1.0)
