@@ -1,0 +1,158 @@
+"""Loading a model for evaluation, and the facts about it that a report states."""
+
+import hashlib
+import platform
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+import ssm_hf
+from eval.documents import sha256
+
+
+class LoadedModel(NamedTuple):
+    """A causal language model in eval mode with its tokenizer.
+
+    `prefix` is the token ids put before each document or prompt (one id, or none).
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    prefix: tuple[int, ...]
+
+    def encode(self, text: str) -> list[int]:
+        """Return the prefix and the tokens of `text`, in which special tokens are plain text."""
+        ids = self.tokenizer(
+            text,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            verbose=False,  # no warning about documents longer than the model's usual context
+        )["input_ids"]
+        return [*self.prefix, *ids]
+
+
+def load_model(name: str, *, dtype: str, device: str, prefix: str) -> LoadedModel:
+    """Load a model and its tokenizer.
+
+    Args:
+        name: directory written by `save_pretrained`, or a Hugging Face Hub name.
+        dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
+        device: "auto" or a torch device.
+        prefix: "auto", "bos", "eos" or "none", see `Suite.prefix`.
+
+    Raises:
+        ValueError: weights are missing or of a wrong shape, or the tokenizer lacks the prefix
+            token.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    # from_pretrained would fill such weights with random numbers, and the scores would be noise.
+    bad = sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]}))
+    if bad:
+        raise ValueError(f"model {name}: the checkpoint does not hold all weights, e.g. {bad[:5]}")
+    return LoadedModel(model.to(device).eval(), tokenizer, _prefix_ids(prefix, tokenizer, name))
+
+
+def _prefix_ids(prefix: str, tokenizer: PreTrainedTokenizerFast, name: str) -> tuple[int, ...]:
+    if prefix == "none":
+        return ()
+    if prefix == "auto":
+        prefix = "eos" if tokenizer.bos_token_id is None else "bos"
+    token_id = getattr(tokenizer, f"{prefix}_token_id")
+    if token_id is None:
+        raise ValueError(
+            f"the tokenizer of {name} has no {prefix} token to put before a document; set prefix "
+            'to one it has ("bos", "eos") or to "none"'
+        )
+    return (token_id,)
+
+
+def describe_model(name: str, loaded: LoadedModel) -> dict[str, Any]:
+    """Collect what a report's header says about the model.
+
+    The state size is measured on the cache that the model returns, so it holds for any
+    architecture: `state_bytes` is the part that does not depend on the number of tokens,
+    `state_bytes_per_token` the part that grows (0 for recurrent models).
+    """
+    model, config = loaded.model, loaded.model.config
+    # Four and eight tokens: both longer than any cache that an implementation rounds up.
+    few, more = (_cache_bytes(model, tokens) for tokens in (4, 8))
+    per_token = (more - few) // 4
+    vocabulary = loaded.tokenizer.backend_tokenizer.to_str().encode("utf-8")
+    return {
+        "name": name,
+        "weights": _weights_hash(name, model),
+        "architecture": config.architectures[0] if config.architectures else type(model).__name__,
+        "model_type": config.model_type,
+        "layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "vocabulary": config.vocab_size,
+        "attention_layers": sum(
+            "attention" in kind and "linear" not in kind
+            for kind in getattr(config, "layer_types", None) or ()
+        ),
+        "parameters": model.num_parameters(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "state_bytes": few - 4 * per_token,
+        "state_bytes_per_token": per_token,
+        "tokenizer": f"{type(loaded.tokenizer).__name__}, {len(loaded.tokenizer)} tokens, "
+        f"sha256 {hashlib.sha256(vocabulary).hexdigest()[:16]}",
+        "prefix": loaded.tokenizer.decode(list(loaded.prefix)) if loaded.prefix else None,
+    }
+
+
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """Collect what a report's header says about the machine and the installed versions."""
+    packages = ("torch", "transformers", "lm_eval", "datasets", "tokenizers", "numpy")
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
+    else:
+        machine = f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)"
+    return {
+        "device": machine,
+        "versions": {
+            "ssm_hf": ssm_hf.__version__,
+            "python": platform.python_version(),
+            **{package: version(package) for package in packages},
+        },
+    }
+
+
+def _weights_hash(name: str, model: PreTrainedModel) -> str:
+    """Identify the weights: the Hub's commit, or one hash over a directory's weight files."""
+    directory = Path(name)
+    if not directory.is_dir():
+        return f"commit {model.config._commit_hash}"
+    files = sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")])
+    digests = "".join(sha256(file) for file in files)
+    return f"sha256 {hashlib.sha256(digests.encode()).hexdigest()[:16]}"
+
+
+@torch.no_grad()
+def _cache_bytes(model: PreTrainedModel, tokens: int) -> int:
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
+    cache = model(input_ids=ids, use_cache=True).past_key_values
+    return sum(tensor.nbytes for layer in cache.layers for tensor in _tensors(vars(layer)))
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors in nested dicts, lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)

@@ -1,0 +1,1 @@
+"""Tasks that suites can name."""

@@ -1,0 +1,149 @@
+"""The command line from end to end."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from eval import report
+from eval.model import load_model
+from eval.run import main, parse_overrides
+
+DEMO = Path(__file__).parents[2] / "configs" / "eval" / "demo.yaml"
+FILES = {"results.json", "report.md", "bits_per_byte.png", "loss_by_position.png"}
+
+
+def _demo(model: Path, run: Path, output: Path, *overrides: str) -> int:
+    arguments = ["--model", str(model), "--suite", str(DEMO), "--output", str(output)]
+    arguments += ["--variables.run", str(run), "--generate.max_new_tokens", "8", *overrides]
+    return main(arguments)
+
+
+def test_demo_suite_reports_model_and_baselines(
+    model_dir: Path, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "report"
+    # An untrained model loses against any n-gram, and the suite asks for better.
+    assert _demo(model_dir, run_dir, output) == 1
+    assert {path.name for path in output.iterdir()} == FILES
+    results = json.loads((output / "results.json").read_text())
+    (score,) = results["perplexity"]["files"]
+    (baseline,) = results["ngram"]["files"]
+    assert score["documents"] == 3
+    assert score["bits_per_byte"] > baseline["bits_per_byte"]["2"]
+    assert [check["passed"] for check in results["checks"]] == [False]
+    assert results["ngram"]["bytes"] == results["ngram"]["tokens"] - 2
+    model = results["header"]["model"]
+    parameters = sum(
+        t.numel()
+        for t in load_model(
+            str(model_dir), dtype="auto", device="cpu", prefix="auto"
+        ).model.parameters()
+    )
+    assert model["parameters"] == parameters
+    # Two layers of 4 heads x 16 x 8 states and, of 64 + 2 * 8 channels, the convolution's inputs;
+    # 3 inputs or the whole kernel of 4, all fp32.
+    assert model["state_bytes"] in [2 * 4 * (4 * 16 * 8 + 80 * kept) for kept in (3, 4)]
+    assert model["state_bytes_per_token"] == 0
+
+    shown = capsys.readouterr().out
+    assert f"{score['bits_per_byte']:.4f}" in shown
+    assert "byte n-gram, order 2" in shown
+    assert "byte n-gram, order 5" in shown
+    assert "Sample for the prompt 'def '" in shown
+    assert "FAILED" in shown
+    for name in FILES:
+        assert str(output / name) in shown
+    text = (output / "report.md").read_text()
+    for expected in ("Witten-Bell", "SHA-256", model["weights"], "![Bits per byte]", "FAILED"):
+        assert expected in text
+
+
+def test_report_is_the_same_from_the_json(model_dir: Path, run_dir: Path, tmp_path: Path) -> None:
+    output = tmp_path / "report"
+    _demo(model_dir, run_dir, output)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    shutil.copy(output / "results.json", copy)
+    report.main([str(copy / "results.json")])
+    for name in FILES:
+        assert (copy / name).read_bytes() == (output / name).read_bytes(), name
+
+
+def test_all_sections_run_together(model_dir: Path, run_dir: Path, tmp_path: Path) -> None:
+    row = {"goal": "boil | water", "sol1": "heat it", "sol2": "cool it", "label": 0}
+    (run_dir / "piqa.jsonl").write_text(json.dumps(row) + "\n")
+    suite = tmp_path / "all.yaml"
+    suite.write_text(
+        f"""
+perplexity: {{files: [{run_dir}/heldout.jsonl], window: 32, stateful: false}}
+lm_eval: {{tasks: {{piqa: {run_dir}/piqa.jsonl}}}}
+generate: {{prompts: ["x"], max_new_tokens: 4, do_sample: false}}
+"""
+    )
+    output = tmp_path / "report"
+    assert main(["--model", str(model_dir), "--suite", str(suite), "--output", str(output)]) == 0
+    results = json.loads((output / "results.json").read_text())
+    assert {"perplexity", "lm_eval", "generate"} < set(results)
+    assert "ngram" not in results
+    assert results["lm_eval"]["tasks"]["piqa"]["n"] == 1
+    assert results["lm_eval"]["average"] is None
+    text = (output / "report.md").read_text()
+    assert "| piqa | acc |" in text
+    assert "state reset" in text
+    assert "unlimited" in text
+
+
+def test_samples_follow_from_the_seed(model_dir: Path, run_dir: Path, tmp_path: Path) -> None:
+    texts = []
+    for i, seed in enumerate(["0", "0", "1"]):
+        _demo(model_dir, run_dir, tmp_path / str(i), "--seed", seed)
+        results = json.loads((tmp_path / str(i) / "results.json").read_text())
+        texts.append([sample["text"] for sample in results["generate"]["samples"]])
+    assert texts[0] == texts[1]
+    assert texts[0] != texts[2]
+
+
+def test_missing_input_file_fails_before_the_model_loads(run_dir: Path, tmp_path: Path) -> None:
+    (run_dir / "seen_tokens.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"seen_tokens\.bin does not exist"):
+        _demo(tmp_path / "no_model", run_dir, tmp_path / "report")
+    (run_dir / "heldout.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"heldout\.jsonl holds no text"):
+        _demo(tmp_path / "no_model", run_dir, tmp_path / "report")
+
+
+def test_missing_weights_are_refused(model_dir: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(model_dir, broken)
+    weights = load_file(broken / "model.safetensors")
+    name = next(name for name in weights if name.endswith("A_log"))
+    del weights[name]
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises((ValueError, RuntimeError), match="A_log"):
+        load_model(str(broken), dtype="auto", device="cpu", prefix="auto")
+
+
+def test_overrides_take_both_spellings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse_overrides(["--a.b", "1", "--c=x=y", "--d", "--e"]) == [
+        ("a.b", "1"),
+        ("c", "x=y"),
+        ("d", "--e"),
+    ]
+    for rest in (["--seed"], ["seed", "3"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(["--model", "m", "--suite", str(DEMO), *rest])
+        assert f"expected --section.key VALUE, got '{rest[0]}'" in capsys.readouterr().err
+
+
+def test_ngrams_need_a_byte_tokenizer(model_dir: Path, run_dir: Path, tmp_path: Path) -> None:
+    shifted = tmp_path / "shifted"
+    shutil.copytree(model_dir, shifted)
+    tokenizer = json.loads((shifted / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (shifted / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match=r"token ids 0\.\.255 are the bytes"):
+        _demo(shifted, run_dir, tmp_path / "report")
