@@ -13,17 +13,17 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        rows = input.numel() // self.in_features
+        weight = self.weight
         if (
-            rows > _FEW_ROWS
-            or input.device.type != "cpu"
-            or torch.is_grad_enabled()
-            or type(self.weight) is not nn.Parameter  # quantised weights bring their own product
-            or input.dtype != self.weight.dtype
+            torch.is_grad_enabled()
+            or not input.is_cpu
+            or input.numel() > _FEW_ROWS * self.in_features
+            or type(weight) is not nn.Parameter  # quantised weights bring their own product
+            or input.dtype != weight.dtype
             or torch.is_autocast_enabled("cpu")
         ):
             return super().forward(input)
-        y = torch.mm(self.weight, input.reshape(rows, -1).t()).t().contiguous()
+        y = torch.mm(weight, input.reshape(-1, self.in_features).t()).t().contiguous()
         if self.bias is not None:
-            y = y + self.bias
-        return y.reshape(*input.shape[:-1], -1)
+            y += self.bias
+        return y.view(*input.shape[:-1], self.out_features)

@@ -27,9 +27,7 @@ class _RMSNorm(torch.autograd.Function):
         if act is not None and not norm_before_gate:
             h = h * act
         grouped = h.unflatten(-1, (-1, group_size))
-        # ‖h‖² / group_size without a tensor of squares
-        norm = torch.linalg.vector_norm(grouped, dim=-1, keepdim=True)
-        scale = torch.rsqrt(norm * norm / group_size + eps)
+        scale = torch.rsqrt(grouped.square().mean(dim=-1, keepdim=True) + eps)
         y = (grouped * scale).view_as(h)
         y.mul_(weight)
         if act is not None and norm_before_gate:
@@ -66,6 +64,30 @@ class _RMSNorm(torch.autograd.Function):
         return dh.to(x.dtype), dweight, dgate, None, None, None
 
 
+def rms_norm_definition(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    gate: Tensor | None,
+    group_size: int | None,
+    norm_before_gate: bool,
+) -> Tensor:
+    """The definition; it has any number of derivatives."""
+    dtype = compute_dtype(x)
+    h, act = x.to(dtype), None if gate is None else F.silu(gate.to(dtype))
+    if act is not None and not norm_before_gate:
+        h = h * act
+    if group_size is None or group_size == x.shape[-1]:
+        h = h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + eps)
+    else:
+        grouped = h.unflatten(-1, (-1, group_size))
+        h = (grouped * torch.rsqrt(grouped.square().mean(dim=-1, keepdim=True) + eps)).flatten(-2)
+    y = h * weight.to(dtype)
+    if act is not None and norm_before_gate:
+        y = y * act
+    return y.to(x.dtype)
+
+
 def rms_norm_torch(
     x: Tensor,
     weight: Tensor,
@@ -75,27 +97,8 @@ def rms_norm_torch(
     norm_before_gate: bool,
 ) -> Tensor:
     """Statistics, gate and weight in fp32 (fp64 for fp64 inputs); see `_RMSNorm`."""
+    if not torch.is_grad_enabled():
+        return rms_norm_definition(x, weight, eps, gate, group_size, norm_before_gate)
     size = x.shape[-1] if group_size is None else group_size
     wide_weight = weight.to(compute_dtype(x))
     return _RMSNorm.apply(x, wide_weight, gate, eps, size, norm_before_gate)  # pyright: ignore[reportReturnType]
-
-
-def rms_norm_definition(
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    gate: Tensor | None,
-    group_size: int | None,
-    norm_before_gate: bool,
-) -> Tensor:
-    """The definition, for any width and with any number of derivatives."""
-    dtype = compute_dtype(x)
-    h, act = x.to(dtype), None if gate is None else F.silu(gate.to(dtype))
-    if act is not None and not norm_before_gate:
-        h = h * act
-    grouped = h.unflatten(-1, (-1, group_size or x.shape[-1]))
-    grouped = grouped * torch.rsqrt(grouped.square().mean(dim=-1, keepdim=True) + eps)
-    y = grouped.flatten(-2) * weight.to(dtype)
-    if act is not None and norm_before_gate:
-        y = y * act
-    return y.to(x.dtype)

@@ -1,5 +1,6 @@
 """Mamba-1's selective scan."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -114,7 +115,7 @@ def selective_scan(
         doc = None if seq_idx is None else document_numbers(seq_idx, mask)
         y, state = scan(u, delta, A_wide, B_wide, C_wide, _state(u, initial_state), doc)
     if D is not None:
-        y = y + D.to(dtype) * u
+        y = torch.addcmul(y, D.to(dtype), u)
     if z is not None:
         y = y * F.silu(z.to(dtype))
     if mask is not None:

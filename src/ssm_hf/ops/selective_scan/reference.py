@@ -38,8 +38,8 @@ def selective_scan_step(
 ) -> tuple[Tensor, Tensor]:
     """One token: h <- exp(Δ A) h + Δ x B, y = h C, with x, dt (B, I) and B, C (B, N)."""
     decay = torch.exp(dt[..., None] * A)
-    state = torch.baddbmm(decay * state, (dt * x)[..., None], B[:, None])
-    return torch.matmul(state, C[..., None])[..., 0], state
+    state = torch.addcmul(decay * state, (dt * x)[..., None], B[:, None])
+    return torch.linalg.vecdot(state, C[:, None]), state
 
 
 def _tokens_per_block(x: Tensor, states: int) -> int:

@@ -1,5 +1,6 @@
 """Mamba-2's scan (state-space duality)."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -125,7 +126,7 @@ def ssd(
         doc = None if seq_idx is None else document_numbers(seq_idx, mask)
         y, state = scan(u, delta, A_wide, B_wide, C_wide, _state(u, initial_state), doc, chunk_size)
     if D is not None:
-        y = y + (D.to(dtype) if D.ndim == 2 else D.to(dtype)[:, None]) * u
+        y = torch.addcmul(y, D.to(dtype) if D.ndim == 2 else D.to(dtype)[:, None], u)
     if z is not None:
         y = y * F.silu(z.to(dtype))
     if mask is not None:
