@@ -9,11 +9,17 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import ssm_hf
 from tests.helpers import randomize_, relative_error, tiny
+
+pytestmark = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"),
+    reason="parity is with 5.23; earlier torch paths assign Mamba-2's groups to other heads",
+)
 
 OURS = {"mamba": ssm_hf.MambaForCausalLM, "mamba2": ssm_hf.Mamba2ForCausalLM}
 THEIRS = {"mamba": transformers.MambaForCausalLM, "mamba2": transformers.Mamba2ForCausalLM}

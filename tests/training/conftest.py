@@ -1,0 +1,84 @@
+"""A tiny recipe that trains in seconds, and isolation from the state Accelerate and Auto keep."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from transformers.models.auto import configuration_auto, modeling_auto
+
+import ssm_hf
+
+AUTO_MAPPINGS = (
+    configuration_auto.CONFIG_MAPPING,
+    modeling_auto.MODEL_MAPPING,
+    modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh_process_state():
+    """Accelerate keeps state per process; `register(override=True)` changes the Auto classes."""
+    before = [dict(mapping._extra_content) for mapping in AUTO_MAPPINGS]
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    PartialState._reset_state()
+    for mapping, content in zip(AUTO_MAPPINGS, before, strict=True):
+        mapping._extra_content = content
+
+
+def write_jsonl(path: Path, records: list) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """Twelve short documents."""
+    records = [{"text": f"document {i}: " + "abcdefgh " * (3 + i)} for i in range(12)]
+    return write_jsonl(tmp_path / "texts.jsonl", records)
+
+
+@pytest.fixture
+def model_config(tmp_path):
+    config = ssm_hf.Mamba2Config(
+        hidden_size=32,
+        num_hidden_layers=2,
+        vocab_size=264,
+        num_heads=4,
+        head_dim=16,
+        state_size=16,
+        n_groups=1,
+        chunk_size=16,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+    )
+    config.save_pretrained(tmp_path / "model")
+    return tmp_path / "model" / "config.json"
+
+
+@pytest.fixture
+def recipe(tmp_path, texts, model_config):
+    """The path of a recipe that trains a tiny model on `texts`."""
+    content = {
+        "run_dir": str(tmp_path / "run"),
+        "batch_size": 4,
+        "micro_batch_size": 4,
+        "max_steps": 6,
+        "log_every": 1,
+        "eval_every": 3,
+        "save_every": 3,
+        "tracker": None,
+        "model": {"config": str(model_config)},
+        "tokenizer": {"source": "byte"},
+        "data": {"files": [str(texts)], "seq_len": 32, "heldout_fraction": 0.1},
+        "optimizer": {"lr": 1e-2},
+        "schedule": {"warmup_steps": 2},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return path

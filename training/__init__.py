@@ -1,0 +1,1 @@
+"""Pretraining and finetuning: `accelerate launch -m training.train --config FILE`."""

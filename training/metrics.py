@@ -1,0 +1,174 @@
+"""What a run reports: held-out bits per byte, model FLOP utilisation, samples, and the log file."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from training.config import SampleConfig, TrainConfig
+from training.packing import IGNORED
+
+# Dense bf16 matrix FLOP/s by `torch.cuda.get_device_name`, from the makers' data sheets. A device
+# that is not listed gets no MFU: a guessed peak would make the figure worthless.
+PEAK_BF16_FLOPS = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989.4e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989.4e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40S": 362e12,
+}
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """FLOP/s of one device in bf16, None where it is not known."""
+    if device.type != "cuda" or precision != "bf16":
+        return None
+    return PEAK_BF16_FLOPS.get(torch.cuda.get_device_name(device))
+
+
+@torch.no_grad()
+def heldout_loss(
+    model: nn.Module, loader: DataLoader, n_bytes: int, accelerator: Accelerator
+) -> dict[str, float]:
+    """Loss over all rows of a prepared `loader`.
+
+    Taken from the logits, since a model's own loss may hold auxiliary terms. The end of each
+    document is predicted too and counts, though it is no byte.
+
+    Returns:
+        `heldout_bits_per_byte`: total negative log-likelihood over n_bytes * ln 2, comparable
+        across tokenizers; `heldout_nats_per_token`: the same over the number of predicted tokens.
+    """
+    model.eval()
+    nats, tokens = 0.0, 0
+    for batch in loader:
+        labels = batch.pop("labels")[:, 1:]
+        logits = model(**batch, use_cache=False).logits[:, :-1].float()
+        losses = F.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        # Per row, so that the rows repeated to fill the last batch of a process are dropped.
+        row_nats = losses.view(labels.shape).sum(1)
+        row_tokens = (labels != IGNORED).sum(1)
+        row_nats, row_tokens = accelerator.gather_for_metrics((row_nats, row_tokens))
+        nats += row_nats.double().sum().item()
+        tokens += int(row_tokens.sum())
+    model.train()
+    return {
+        "heldout_bits_per_byte": nats / math.log(2) / n_bytes,
+        "heldout_nats_per_token": nats / tokens,
+    }
+
+
+@torch.no_grad()
+def write_samples(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    sample: SampleConfig,
+    seed: int,
+    accelerator: Accelerator,
+) -> list[str]:
+    """Continue each prompt by sampling; the same seed gives the same text on every process, and the
+    run's own random state is left as it was."""
+    plain = accelerator.unwrap_model(model, keep_torch_compile=False)
+    plain.eval()
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    texts = []
+    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        for prompt in sample.prompts:
+            ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            # As in training, a document begins with the start token.
+            input_ids = torch.tensor([[start, *ids]], device=accelerator.device)
+            output = plain.generate(
+                input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                max_new_tokens=sample.max_new_tokens,
+                do_sample=True,
+                temperature=sample.temperature,
+                top_k=0,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.eos_token_id,
+            )
+            texts.append(
+                tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True)
+            )
+    plain.train()
+    return texts
+
+
+class Meter:
+    """Mean loss and speed of the steps since the figures were last taken."""
+
+    def __init__(self, config: TrainConfig, forward_flops: int, accelerator: Accelerator) -> None:
+        """`forward_flops`: of one token, forward only; the backward pass costs two forwards."""
+        self._tokens_per_step = config.batch_size * config.data.seq_len
+        self._flops_per_token = 3 * forward_flops
+        peak = peak_flops(accelerator.device, config.precision)
+        self._peak = None if peak is None else peak * accelerator.num_processes
+        self._losses: list[float] = []
+        self._seconds, self._steps = 0.0, 0
+
+    def add(self, seconds: float, loss: float | None) -> None:
+        """Count one step; `loss` is None where the step was skipped."""
+        self._seconds += seconds
+        self._steps += 1
+        if loss is not None:
+            self._losses.append(loss)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Positions trained on per second inside steps (evaluations and saves do not count)."""
+        return self._steps * self._tokens_per_step / self._seconds
+
+    def drain(self) -> dict[str, float]:
+        """The figures since the last call; "mfu" only where the device's peak is known."""
+        values = {
+            "loss": sum(self._losses) / len(self._losses),
+            "tokens_per_s": self.tokens_per_s,
+        }
+        if self._peak is not None:
+            values["mfu"] = self._flops_per_token * self.tokens_per_s / self._peak
+        self._losses, self._seconds, self._steps = [], 0.0, 0
+        return values
+
+
+class RunLog:
+    """`<run>/log.jsonl`: one JSON object per event, and its numbers to the trackers; the main
+    process alone writes.
+
+    Every line has "event" ("train", "eval", "sample", ...) and "step". A run that `resumes` appends
+    to the file; one that starts afresh replaces it.
+    """
+
+    def __init__(self, path: Path, accelerator: Accelerator, *, resumes: bool) -> None:
+        self._path, self._accelerator = path, accelerator
+        if accelerator.is_main_process and not resumes:
+            path.unlink(missing_ok=True)
+
+    def write(self, event: str, step: int, **values: Any) -> None:
+        numbers = {k: v for k, v in values.items() if isinstance(v, (int, float))}
+        if event in ("train", "eval"):
+            self._accelerator.log(numbers, step=step)
+        if self._accelerator.is_main_process:
+            line = json.dumps({"event": event, "step": step, **values}, ensure_ascii=False)
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+    def say(self, text: str) -> None:
+        """A line for the person who watches, above the progress bar."""
+        if self._accelerator.is_main_process:
+            tqdm.write(text)

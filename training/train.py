@@ -1,0 +1,345 @@
+"""Train or finetune a causal language model.
+
+accelerate launch -m training.train --config configs/train/<run>.yaml [--key value ...]
+
+Reads top to bottom: config, accelerator, data, model, optimiser, loop, save. Keys are explained in
+training/config.py. Everything a run writes lies in its `run_dir`: config.yaml, heldout.jsonl,
+log.jsonl, tracking/, checkpoints/, final/ and, if asked for, seen_tokens.bin.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, TorchDynamoPlugin, broadcast, set_seed
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+import ssm_hf
+from training.checkpoint import (
+    TrainerState,
+    check_same_data,
+    find_checkpoint,
+    keep_weights_out_of_state,
+    load_trainer_state,
+    remove_leftovers,
+    save_checkpoint,
+    save_model,
+    whole_directory,
+)
+from training.config import OptimizerConfig, TrainConfig, flatten, load_config
+from training.data import (
+    TrainingData,
+    load_tokenizer,
+    prepare_data,
+    write_heldout,
+    write_seen_tokens,
+)
+from training.metrics import Meter, RunLog, heldout_loss, write_samples
+from training.packing import IGNORED, PackedRows
+from training.schedule import lr_factor, run_progress
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    ssm_hf.register(override=True)
+    config = load_config(argv)
+    run_dir = Path(config.run_dir)
+
+    accelerator = build_accelerator(config)
+    if accelerator.is_main_process:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(run_dir)
+    accelerator.wait_for_everyone()
+    checkpoint = find_checkpoint(run_dir, config.resume)
+    state = TrainerState() if checkpoint is None else load_trainer_state(checkpoint)
+    set_seed(config.seed)
+
+    tokenizer = load_tokenizer(config.tokenizer, config.model.checkpoint)
+    data = prepare_data(config.data, tokenizer, config.seed)
+    identity = data.identity(config.seed)
+    if checkpoint is not None:
+        check_same_data(state, identity, checkpoint)
+    state.data = identity
+
+    model = build_model(config, checkpoint, tokenizer)
+    optimizer = build_optimizer(model, config.optimizer, accelerator.device)
+    meter = Meter(config, model.flops_per_token(config.data.seq_len), accelerator)
+    loader, eval_loader = data.loaders(config.seed, config.micro_batch_size, state.samples)
+    model, optimizer, loader, eval_loader = accelerator.prepare(
+        model, optimizer, loader, eval_loader
+    )
+    keep_weights_out_of_state(accelerator)
+    if checkpoint is not None:
+        accelerator.load_state(str(checkpoint / "state"))
+
+    if accelerator.is_main_process:
+        config.save(run_dir / "config.yaml")
+        write_heldout(run_dir / "heldout.jsonl", data.heldout)
+    accelerator.init_trackers("ssm_hf", config=flatten(asdict(config)))
+    log = RunLog(run_dir / "log.jsonl", accelerator, resumes=checkpoint is not None)
+    log.write("start" if checkpoint is None else "resume", state.step, data=identity)
+    log.say(
+        f"{config.run_dir}: {type(accelerator.unwrap_model(model)).__name__} of "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{data.summary()}, step {state.step} of at most {config.max_steps}"
+    )
+
+    run = Run(config, run_dir, accelerator, model, optimizer, tokenizer, data, eval_loader, log)
+    train(run, iter(loader), state, meter)
+
+    finish(run, state)
+    accelerator.end_training()
+
+
+Batch = dict[str, torch.Tensor]
+
+
+class Run(NamedTuple):
+    """What the loop and the end of a run work with."""
+
+    config: TrainConfig
+    run_dir: Path
+    accelerator: Accelerator
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    tokenizer: PreTrainedTokenizerBase
+    data: TrainingData
+    eval_loader: DataLoader | None
+    log: RunLog
+
+
+# --- accelerator, model, optimiser ----------------------------------------------------------------
+
+
+def build_accelerator(config: TrainConfig) -> Accelerator:
+    bf16 = config.precision == "bf16"
+    if bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False):
+        raise ValueError(
+            f"precision is 'bf16', which {torch.cuda.get_device_name()} does not compute natively; "
+            "use 'fp32'"
+        )
+    accelerator = Accelerator(
+        mixed_precision="bf16" if bf16 else "no",
+        log_with=config.tracker,
+        project_config=ProjectConfiguration(
+            project_dir=config.run_dir, logging_dir=str(Path(config.run_dir) / "tracking")
+        ),
+        dynamo_plugin=TorchDynamoPlugin(backend="inductor", use_regional_compilation=True)
+        if config.model.compile
+        else None,
+    )
+    per_forward = config.micro_batch_size * accelerator.num_processes
+    if config.batch_size % per_forward:
+        raise ValueError(
+            f"batch_size is {config.batch_size}, expected a multiple of micro_batch_size "
+            f"({config.micro_batch_size}) times processes ({accelerator.num_processes})"
+        )
+    accelerator.gradient_accumulation_steps = config.batch_size // per_forward
+    return accelerator
+
+
+def build_model(
+    config: TrainConfig, checkpoint: Path | None, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    """From the checkpoint to resume, else the one to finetune, else the config; in fp32, which is
+    what the optimiser updates (bf16 is autocast's)."""
+    source = checkpoint or config.model.checkpoint
+    if source is not None:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    else:
+        path = Path(str(config.model.config))
+        if not path.is_file():
+            raise FileNotFoundError(f"model.config {path}: no such file, expected a config.json")
+        model_config = AutoConfig.from_pretrained(path)
+        # A new model speaks the tokenizer's language, whatever ids its config was drawn up for.
+        model_config.bos_token_id = tokenizer.bos_token_id
+        model_config.eos_token_id = tokenizer.eos_token_id
+        model_config.pad_token_id = tokenizer.pad_token_id
+        model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, but the model's vocab_size is "
+            f"{model.config.vocab_size}"
+        )
+    if config.model.gradient_checkpointing:
+        # renamed between the transformers releases we support
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    return model.train()
+
+
+def build_optimizer(
+    model: PreTrainedModel, config: OptimizerConfig, device: torch.device
+) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        model.parameter_groups(config.weight_decay),
+        lr=config.lr,
+        betas=(config.betas[0], config.betas[1]),
+        eps=config.eps,
+        fused=device.type in ("cpu", "cuda"),
+    )
+
+
+# --- loop -----------------------------------------------------------------------------------------
+
+
+def train(run: Run, batches: Iterator[Batch], state: TrainerState, meter: Meter) -> None:
+    """Take steps until max_steps or max_minutes; log, evaluate and save on the way."""
+    config = run.config
+    began = time.monotonic() - state.elapsed_seconds
+    skipped_in_a_row = 0
+    is_quiet = not run.accelerator.is_main_process
+    bar = tqdm(total=config.max_steps, initial=state.step, unit="step", disable=is_quiet)
+    while (progress := shared_progress(run, state)) < 1:
+        step_began = time.monotonic()
+        factor = lr_factor(config.schedule, state.step, config.max_steps, progress)
+        lr = config.optimizer.lr * factor
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr
+        loss, grad_norm, applied = train_step(run, batches)
+        meter.add(time.monotonic() - step_began, loss if applied else None)
+
+        state.step += 1
+        state.samples += config.batch_size
+        state.tokens += config.batch_size * config.data.seq_len
+        state.elapsed_seconds = time.monotonic() - began
+        bar.update()
+        bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{meter.tokens_per_s:,.0f}", refresh=False)
+        if applied:
+            skipped_in_a_row = 0
+        else:
+            skipped_in_a_row += 1
+            state.skipped += 1
+            # As text: JSON has no NaN.
+            run.log.write("skip", state.step, loss=str(loss), grad_norm=str(grad_norm))
+        if skipped_in_a_row == config.max_skipped_steps:
+            raise RuntimeError(
+                f"step {state.step}: {skipped_in_a_row} steps in a row had a loss or gradient that "
+                f"is not finite (now loss {loss}, gradient norm {grad_norm}); "
+                "lower optimizer.lr, or look at the data of these steps"
+            )
+
+        if state.step % config.log_every == 0 and applied:
+            where = {"tokens": state.tokens, "elapsed_s": state.elapsed_seconds}
+            rates = {"lr": lr, "grad_norm": grad_norm, "skipped": state.skipped}
+            run.log.write("train", state.step, **meter.drain(), **rates, **where)
+        is_last = state.step == config.max_steps  # finish() evaluates
+        if config.eval_every and state.step % config.eval_every == 0 and not is_last:
+            evaluate(run, state)
+        if config.save_every and state.step % config.save_every == 0:
+            save(run, state)
+        state.elapsed_seconds = time.monotonic() - began
+    bar.close()
+
+
+def shared_progress(run: Run, state: TrainerState) -> float:
+    """Share of the run that is done, by the main process's clock: all must agree on it."""
+    config = run.config
+    progress = run_progress(
+        state.step, config.max_steps, state.elapsed_seconds / 60, config.max_minutes
+    )
+    if config.max_minutes is None or run.accelerator.num_processes == 1:
+        return progress
+    clock = torch.tensor([progress], dtype=torch.float32, device=run.accelerator.device)
+    return float(broadcast(clock))
+
+
+def train_step(run: Run, batches: Iterator[Batch]) -> tuple[float, float, bool]:
+    """One optimiser step over the whole batch.
+
+    Returns:
+        mean loss per target of the whole batch, gradient norm before clipping, and whether the step
+        was taken: it is not when either is not finite.
+    """
+    accelerator, model, optimizer = run.accelerator, run.model, run.optimizer
+    micro_batches = [next(batches) for _ in range(accelerator.gradient_accumulation_steps)]
+    counts = torch.stack([(batch["labels"] != IGNORED).sum() for batch in micro_batches])
+    total = accelerator.reduce(counts.sum(), "sum")
+    # Each micro-batch's mean loss weighs as much as it has targets, so the step is the same however
+    # the batch is cut. The factor undoes the averages over micro-batches and processes.
+    shares = counts / total
+    undo_mean = len(micro_batches) * accelerator.num_processes
+    loss = torch.zeros((), device=accelerator.device)
+    norm: Any = math.nan
+    for batch, share in zip(micro_batches, shares, strict=True):
+        with accelerator.accumulate(model):
+            mean_loss = model(**batch, use_cache=False).loss
+            loss += mean_loss.detach() * share
+            accelerator.backward(mean_loss * share * undo_mean)
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(
+                    model.parameters(), run.config.optimizer.grad_clip
+                )
+    mean, norm = float(accelerator.reduce(loss, "sum")), float(norm)
+    applied = math.isfinite(mean) and math.isfinite(norm)
+    if applied:
+        optimizer.step()
+    optimizer.zero_grad()
+    return mean, norm, applied
+
+
+def evaluate(run: Run, state: TrainerState) -> float | None:
+    """Log held-out loss and samples; return the held-out bits per byte."""
+    bits_per_byte = None
+    if run.eval_loader is not None and run.data.evaluation is not None:
+        n_bytes = run.data.evaluation.n_bytes
+        values = heldout_loss(run.model, run.eval_loader, n_bytes, run.accelerator)
+        bits_per_byte = values["heldout_bits_per_byte"]
+        run.log.write("eval", state.step, tokens=state.tokens, **values)
+        run.log.say(f"step {state.step}: held-out {bits_per_byte:.4f} bits per byte")
+    sample = run.config.sample
+    texts = write_samples(run.model, run.tokenizer, sample, run.config.seed, run.accelerator)
+    for prompt, text in zip(sample.prompts, texts, strict=True):
+        run.log.write("sample", state.step, prompt=prompt, text=text)
+        run.log.say(f"step {state.step}: sample {(prompt + text)!r}")
+    return bits_per_byte
+
+
+# --- save -----------------------------------------------------------------------------------------
+
+
+def save(run: Run, state: TrainerState) -> None:
+    save_checkpoint(
+        run.run_dir, run.accelerator, run.model, run.tokenizer, state, run.config.keep_last
+    )
+
+
+def finish(run: Run, state: TrainerState) -> None:
+    """Evaluate, save the last checkpoint and `final/`, and say how it went."""
+    bits_per_byte = evaluate(run, state)
+    if run.config.save_every and state.step % run.config.save_every:
+        save(run, state)
+    with whole_directory(run.run_dir / "final", run.accelerator) as temporary:
+        save_model(run.accelerator, run.model, run.tokenizer, temporary)
+    if run.config.save_seen_tokens and run.accelerator.is_main_process:
+        assert isinstance(run.data.train, PackedRows)  # a stream was refused with the config
+        path = run.run_dir / "seen_tokens.bin"
+        write_seen_tokens(path, run.data.train, run.config.seed, state.samples)
+    run.log.write(
+        "end",
+        state.step,
+        tokens=state.tokens,
+        elapsed_s=state.elapsed_seconds,
+        skipped=state.skipped,
+        heldout_bits_per_byte=bits_per_byte,
+    )
+    held = "" if bits_per_byte is None else f", held-out {bits_per_byte:.4f} bits per byte"
+    run.log.say(
+        f"done: {state.step} steps, {state.tokens:,} tokens, "
+        f"{state.elapsed_seconds / 60:.1f} minutes{held}; model in {run.run_dir / 'final'}"
+    )
+
+
+if __name__ == "__main__":
+    main()
