@@ -71,10 +71,12 @@ def _assert_same_state(cache: RecurrentCache, expected: RecurrentCache) -> None:
         assert relative_error(value, _state(expected)[name]) < TOLERANCE, name
 
 
-def test_mixer_sequence_equals_steps(mixer: Mixer) -> None:
+@pytest.mark.parametrize("with_grad", [False, True], ids=["in-place", "differentiable"])
+def test_mixer_sequence_equals_steps(mixer: Mixer, with_grad: bool) -> None:
     x, cache, stepped = _x(2, 11), _cache(), _cache()
-    whole = mixer(x, ALL, cache)
-    steps = torch.cat([mixer(x[:, t : t + 1], ALL, stepped) for t in range(11)], dim=1)
+    with torch.set_grad_enabled(with_grad):
+        whole = mixer(x, ALL, cache)
+        steps = torch.cat([mixer(x[:, t : t + 1], ALL, stepped) for t in range(11)], dim=1)
     assert relative_error(steps, whole) < TOLERANCE
     _assert_same_state(stepped, cache)
 

@@ -82,6 +82,23 @@ def test_generate_left_padded_batch_equals_single_rows(model: PreTrainedModel) -
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 2}])
+def test_generate_right_padded_batch_equals_single_rows(
+    model: PreTrainedModel, options: dict
+) -> None:
+    rows = [_ids(1, n)[0] for n in (8, 3, 1)]
+    ids, mask = torch.zeros(3, 8, dtype=torch.long), torch.zeros(3, 8, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : row.shape[0]], mask[i, : row.shape[0]] = row, 1
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=10, **options)
+    for row, got in zip(rows, out, strict=True):
+        alone = model.generate(
+            row[None], attention_mask=torch.ones(1, row.shape[0]), max_new_tokens=10, **options
+        )
+        assert got[8:].tolist() == alone[0, row.shape[0] :].tolist()
+
+
+@torch.no_grad()
 def test_generate_sampling_draws_the_same_tokens_with_and_without_cache(
     model: PreTrainedModel,
 ) -> None:

@@ -3,6 +3,7 @@
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
@@ -14,12 +15,14 @@ from ssm_hf.layers.mixer import (
     Initialization,
     Mixer,
     StepProjection,
+    is_plain_step,
     recorded_mask,
     reset_conv,
     reset_linear,
     reset_out_proj,
 )
 from ssm_hf.ops import causal_conv1d, selective_scan
+from ssm_hf.ops.dispatch import pick
 from ssm_hf.ops.packing import compute_dtype
 from ssm_hf.sequence import SequenceInfo
 
@@ -123,6 +126,11 @@ class Mamba1Mixer(Mixer):
             [self.time_step_rank, self.state_size, self.state_size], dim=-1
         )
         dt = self.dt_proj(low)
+        if layer is not None and is_plain_step(x, seq, layer):
+            state["conv_state"].copy_(conv_state)
+            step = pick("selective_scan", "auto", x.device, reference=self._step)
+            y = step(hidden, dt, B, C, state["ssm_state"]) * F.silu(z)
+            return self.out_proj(y.to(z.dtype))
         A = -torch.exp(self.A_log.to(compute_dtype(self.A_log)))
         y, ssm_state = selective_scan(
             hidden,
@@ -147,6 +155,16 @@ class Mamba1Mixer(Mixer):
                 layer.record(_replay, inputs, {"conv_weight": weight, "A": A})
             layer.write({"conv_state": conv_state, "ssm_state": ssm_state})
         return self.out_proj(y)
+
+    def _step(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, h: Tensor) -> Tensor:
+        """The scan and skip of one token, in place on h (B, I, N): x, dt (B, 1, I) -> (B, 1, I)."""
+        x, B, C = (v.to(h.dtype) for v in (x, B, C))
+        dt = F.softplus(dt.to(h.dtype))
+        A = torch.exp(self.A_log.to(h.dtype))
+        h.mul_((dt[:, 0, :, None] * A).neg_().exp_())
+        h.addcmul_((dt * x)[:, 0, :, None], B)
+        y = torch.linalg.vecdot(h, C)[:, None]
+        return torch.addcmul(y, self.D.to(h.dtype), x)
 
 
 def _replay(state: State, inputs: dict[str, Tensor], constants: dict[str, Tensor]) -> State:

@@ -10,6 +10,8 @@ from transformers import initialization as init
 
 from ssm_hf.cache import RecurrentCache, RecurrentLayer, State
 from ssm_hf.ops import causal_conv1d
+from ssm_hf.ops.causal_conv1d import causal_conv1d_step
+from ssm_hf.ops.dispatch import pick
 from ssm_hf.ops.packing import compute_dtype
 from ssm_hf.sequence import SequenceInfo
 
@@ -70,6 +72,21 @@ class Mixer(nn.Module):
         return layer, layer.read(shapes, dtypes)
 
 
+def is_plain_step(x: Tensor, seq: SequenceInfo, layer: RecurrentLayer | None) -> bool:
+    """Whether x (B, T, ...) is one real token on top of a state, with nothing to record or derive.
+
+    Such a call, the inner loop of generation, updates the state in place.
+    """
+    return (
+        x.shape[1] == 1
+        and layer is not None
+        and bool(layer.state)
+        and not layer.record_past
+        and seq.mask is None
+        and not torch.is_grad_enabled()
+    )
+
+
 def recorded_mask(seq: SequenceInfo, x: Tensor) -> Tensor:
     """The padding mask (B, T) to record beside the inputs of x (B, T, D).
 
@@ -97,6 +114,10 @@ class CausalConv1d(nn.Conv1d):
         self, x: Tensor, seq: SequenceInfo, state: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """x (B, T, C) and the K-1 inputs before it -> silu(conv(x)), the last K-1 inputs."""
+        if x.shape[1] == 1 and state is not None and seq.mask is None:
+            step = pick("causal_conv1d", "auto", x.device, reference=causal_conv1d_step)
+            y, state = step(x[:, 0], self.weight[:, 0], self.bias, "silu", state)
+            return y[:, None], state
         y, state = causal_conv1d(
             x,
             self.weight[:, 0],

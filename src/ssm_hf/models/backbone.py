@@ -314,6 +314,19 @@ def shift_labels(labels: Tensor, seq: SequenceInfo) -> Tensor:
     return targets
 
 
+def hold_at_pads(hidden: Tensor, seq: SequenceInfo) -> Tensor:
+    """At pads the hidden states (B, T, D) of the last real token before them in this call.
+
+    The last column of a right-padded batch, from which `generate` takes the next token, then
+    predicts what follows the text.
+    """
+    if seq.mask is None:
+        return hidden
+    position = torch.arange(hidden.shape[1], device=hidden.device)
+    last = torch.where(seq.mask, position, 0).cummax(dim=1).values
+    return hidden.gather(1, last[..., None].expand_as(hidden))
+
+
 class CausalLMMixin:
     """Language-model head over `self.backbone`-like stacks, its loss, and generation hooks."""
 
@@ -356,7 +369,7 @@ class CausalLMMixin:
                 cu_seq_lens_k, max_length_q, max_length_k, cache_params: as in the backbone.
 
         Returns:
-            `SSMCausalLMOutput`, logits in fp32.
+            `SSMCausalLMOutput`, logits in fp32. At a pad stand those of the last real token before.
 
         Raises:
             ValueError: as in the backbone; labels of wrong shape, out of range, or all ignored.
@@ -407,7 +420,8 @@ class CausalLMMixin:
             return_dict=True,
         )
         head = self.get_output_embeddings()
-        logits = head(base.last_hidden_state[:, keep].to(head.weight.dtype))
+        hidden = hold_at_pads(base.last_hidden_state, seq)[:, keep]
+        logits = head(hidden.to(head.weight.dtype))
         logits = logits if logits.dtype == torch.float64 else logits.float()
         loss = None
         if targets is not None:
@@ -458,6 +472,15 @@ class CausalLMMixin:
         if generation_config.is_assistant:
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache
+
+    def _prepare_position_ids_for_generation(
+        self: Any, inputs_tensor: Tensor, model_kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Positions that count real tokens; pads keep the count, so that what follows goes on."""
+        mask = model_kwargs.get("attention_mask")
+        if mask is None:
+            return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
     def prepare_inputs_for_generation(
         self: Any,

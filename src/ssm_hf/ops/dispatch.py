@@ -14,6 +14,7 @@ from typing import Literal, TypeVar, get_args
 import torch
 
 Impl = Literal["auto", "reference", "triton"]
+_CHOICES: tuple[Impl, ...] = get_args(Impl)
 OPERATORS = ("causal_conv1d", "linear_scan", "rms_norm", "selective_scan", "ssd")
 
 logger = logging.getLogger("ssm_hf")
@@ -38,10 +39,10 @@ def _wanted(impl: str) -> Impl:
         impl, source = _forced[-1], "implementation(...)"
     elif impl == "auto" and "SSM_HF_IMPL" in os.environ:
         impl, source = os.environ["SSM_HF_IMPL"], "environment variable SSM_HF_IMPL"
-    for choice in get_args(Impl):
+    for choice in _CHOICES:
         if impl == choice:
             return choice
-    raise ValueError(f"{source} must be one of {get_args(Impl)}, got {impl!r}")
+    raise ValueError(f"{source} must be one of {_CHOICES}, got {impl!r}")
 
 
 def pick(
