@@ -157,11 +157,17 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def remove_leftovers(run_dir: Path) -> None:
-    """Delete what interrupted saves left behind."""
+    """Delete what interrupted saves left behind; a directory whose replacement was not renamed in
+    time is the good one and gets its name back."""
     for folder in (run_dir, _folder(run_dir)):
-        for prefix in (INCOMPLETE, REPLACED):
-            for leftover in folder.glob(prefix + "*"):
+        for leftover in folder.glob(INCOMPLETE + "*"):
+            shutil.rmtree(leftover)
+        for leftover in folder.glob(REPLACED + "*"):
+            path = folder / leftover.name.removeprefix(REPLACED)
+            if path.exists():
                 shutil.rmtree(leftover)
+            else:
+                os.rename(leftover, path)
 
 
 def find_checkpoint(run_dir: Path, resume: str) -> Path | None:

@@ -141,6 +141,14 @@ def test_interrupted_save_is_ignored_and_cleaned(save, tmp_path):
     assert names(tmp_path) == ["step-00000001"]
 
 
+def test_interrupted_replacement_keeps_the_good_directory(save, tmp_path):
+    good = save(1)
+    for leftover in (".replaced-step-00000001", ".replaced-step-00000002"):
+        shutil.copytree(good, good.with_name(leftover))
+    remove_leftovers(tmp_path)  # the second was never replaced: it is the only copy
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+
+
 def test_whole_directory_replaces_and_removes_on_failure(tmp_path):
     accelerator = Accelerator(cpu=True)
     target = tmp_path / "final"
