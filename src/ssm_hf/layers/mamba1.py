@@ -17,11 +17,12 @@ from ssm_hf.layers.mixer import (
     StepProjection,
     is_plain_step,
     recorded_mask,
+    replayed_window,
     reset_conv,
     reset_linear,
     reset_out_proj,
 )
-from ssm_hf.ops import causal_conv1d, selective_scan
+from ssm_hf.ops import selective_scan
 from ssm_hf.ops.dispatch import pick
 from ssm_hf.ops.packing import compute_dtype
 from ssm_hf.sequence import SequenceInfo
@@ -150,9 +151,7 @@ class Mamba1Mixer(Mixer):
             if layer.record_past:
                 inputs = {"conv_in": conv_in, "x": hidden, "dt": dt, "B": B}
                 inputs["mask"] = recorded_mask(seq, x)
-                # Any weight will do: a replay reads the window alone, and ours may be offloaded.
-                weight = conv_in.new_zeros(conv_in.shape[-1], self.conv_kernel)
-                layer.record(_replay, inputs, {"conv_weight": weight, "A": A})
+                layer.record(_replay, inputs, {"A": A, **self.conv1d.replay_constants(conv_in)})
             layer.write({"conv_state": conv_state, "ssm_state": ssm_state})
         return self.out_proj(y)
 
@@ -169,14 +168,6 @@ class Mamba1Mixer(Mixer):
 
 def _replay(state: State, inputs: dict[str, Tensor], constants: dict[str, Tensor]) -> State:
     """State after the recorded tokens; only states are of use, so C is any tensor of B's shape."""
-    mask = inputs["mask"]
-    _, conv_state = causal_conv1d(
-        inputs["conv_in"],
-        constants["conv_weight"],
-        initial_state=state.get("conv_state"),
-        mask=mask,
-        return_final_state=True,
-    )
     _, ssm_state = selective_scan(
         inputs["x"],
         inputs["dt"],
@@ -185,7 +176,7 @@ def _replay(state: State, inputs: dict[str, Tensor], constants: dict[str, Tensor
         inputs["B"],
         dt_softplus=True,
         initial_state=state.get("ssm_state"),
-        mask=mask,
+        mask=inputs["mask"],
         return_final_state=True,
     )
-    return {"conv_state": conv_state, "ssm_state": ssm_state}
+    return {"conv_state": replayed_window(state, inputs, constants), "ssm_state": ssm_state}

@@ -15,12 +15,13 @@ from ssm_hf.layers.mixer import (
     Initialization,
     Mixer,
     recorded_mask,
+    replayed_window,
     reset_conv,
     reset_linear,
     reset_out_proj,
 )
 from ssm_hf.layers.norm import RMSNorm
-from ssm_hf.ops import causal_conv1d, ssd
+from ssm_hf.ops import ssd
 from ssm_hf.ops.packing import compute_dtype
 from ssm_hf.ops.step_size import step_size
 from ssm_hf.sequence import SequenceInfo
@@ -185,23 +186,13 @@ class Mamba2Mixer(Mixer):
             if layer.record_past:
                 inputs = {"conv_in": conv_in, "x": hidden, "B": B, "mask": recorded_mask(seq, x)}
                 inputs["dt"] = step_size(dt, self.dt_bias, True, self.time_step_limit, None)
-                # Any weight will do: a replay reads the window alone, and ours may be offloaded.
-                weight = conv_in.new_zeros(conv_in.shape[-1], self.conv_kernel)
-                layer.record(_replay, inputs, {"conv_weight": weight, "A": A})
+                layer.record(_replay, inputs, {"A": A, **self.conv1d.replay_constants(conv_in)})
             layer.write({"conv_state": conv_state, "ssm_state": ssm_state})
         return self.out_proj(y)
 
 
 def _replay(state: State, inputs: dict[str, Tensor], constants: dict[str, Tensor]) -> State:
     """State after the recorded tokens; only states are of use, so C is any tensor of B's shape."""
-    mask = inputs["mask"]
-    _, conv_state = causal_conv1d(
-        inputs["conv_in"],
-        constants["conv_weight"],
-        initial_state=state.get("conv_state"),
-        mask=mask,
-        return_final_state=True,
-    )
     _, ssm_state = ssd(
         inputs["x"],
         inputs["dt"],
@@ -209,7 +200,7 @@ def _replay(state: State, inputs: dict[str, Tensor], constants: dict[str, Tensor
         inputs["B"],
         inputs["B"],
         initial_state=state.get("ssm_state"),
-        mask=mask,
+        mask=inputs["mask"],
         return_final_state=True,
     )
-    return {"conv_state": conv_state, "ssm_state": ssm_state}
+    return {"conv_state": replayed_window(state, inputs, constants), "ssm_state": ssm_state}

@@ -130,6 +130,25 @@ class CausalConv1d(nn.Conv1d):
         )
         return y, state
 
+    def replay_constants(self, x: Tensor) -> dict[str, Tensor]:
+        """What `replayed_window` needs for inputs like x: any weight of the right shape, for only
+        the window matters, and the layer's own may be offloaded."""
+        return {"conv_weight": x.new_zeros(x.shape[-1], self.kernel_size[0])}
+
+
+def replayed_window(
+    state: State, inputs: dict[str, Tensor], constants: dict[str, Tensor]
+) -> Tensor:
+    """The convolution's state after the recorded tokens."""
+    _, window = causal_conv1d(
+        inputs["conv_in"],
+        constants["conv_weight"],
+        initial_state=state.get("conv_state"),
+        mask=inputs["mask"],
+        return_final_state=True,
+    )
+    return window
+
 
 class StepProjection(nn.Linear):
     """Low-rank step size -> Δ before softplus, with the bias added in fp32.
