@@ -1,12 +1,17 @@
-"""Every example runs as a stranger would run it, and prints what it promises."""
+"""Every example runs as a stranger would run it, and the documentation's code does what it says."""
 
+import importlib.util
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+from tests.helpers import relative_error
 
 ROOT = Path(__file__).parents[1]
 # What the output must hold, in this order. Arguments keep a run short.
@@ -67,3 +72,56 @@ def test_example_prints_what_it_promises(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", EXPECTED)
 def test_example_is_short(name: str) -> None:
     assert len((ROOT / "examples" / name).read_text().splitlines()) <= 60
+
+
+def load_documented_modules(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The modules that a page shows, each a python block that starts with its path."""
+    blocks = re.findall(
+        r"```python\n# src/(\S+)\.py\n(.*?)```", (ROOT / page).read_text(), re.DOTALL
+    )
+    modules = []
+    for path, code in blocks:
+        name = path.replace("/", ".")
+        file = folder / f"{name}.py"
+        file.write_text(code)
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        modules.append(module)
+    return modules
+
+
+@torch.no_grad()
+def test_documented_mixer_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    *_, configuration, modeling = load_documented_modules(
+        "docs/adding_a_mixer.md", tmp_path, monkeypatch
+    )
+    with pytest.raises(ValueError, match="hidden_sise=3; did you mean 'hidden_size'"):
+        configuration.GatedConfig(hidden_sise=3)
+    config = configuration.GatedConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2)
+    model = modeling.GatedForCausalLM(config).double().eval()
+    ids = torch.randint(3, 96, (1, 20))
+
+    # fp64 rounding, as in the laws
+    separate = torch.cat([model(part).logits for part in ids.split([7, 13], dim=1)], dim=1)
+    positions = torch.cat([torch.arange(7), torch.arange(13)])[None]
+    assert relative_error(model(ids, position_ids=positions).logits, separate) < 1e-10
+    mask = torch.ones_like(ids)
+    mask[0, [0, 1, 9]] = 0
+    padded = model(ids, attention_mask=mask).logits[mask.bool()]
+    assert relative_error(padded, model(ids[mask.bool()][None]).logits[0]) < 1e-10
+
+    greedy = model.generate(ids, max_new_tokens=12, use_cache=False)
+    assert model.generate(ids, max_new_tokens=12).tolist() == greedy.tolist()
+    looked_up = model.generate(ids, max_new_tokens=12, prompt_lookup_num_tokens=3)
+    assert looked_up.tolist() == greedy.tolist()
+
+    spared = model.parameter_groups(0.1)[1]["names"]
+    assert "backbone.layers.1.mixer.decay" in spared
+    model.float().save_pretrained(tmp_path / "saved")
+    half = modeling.GatedForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)
+    assert half.backbone.layers[0].mixer.decay.dtype == torch.float32
+    assert half.backbone.layers[0].mixer.in_proj.weight.dtype == torch.bfloat16

@@ -192,6 +192,22 @@ def test_op_half_precision_keeps_wide_states(case: Case) -> None:
 
 
 @cases
+def test_op_is_left_alone_by_autocast(case: Case) -> None:
+    if case.complex:
+        pytest.skip("there is no half-precision complex dtype")
+    sequences, weights, _ = case.draw(2, 20, dtype=torch.float32)
+    half = {n: s.detach().bfloat16().requires_grad_() for n, s in sequences.items()}
+    leaves = [*half.values(), *weights.values()]
+    results = []
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y, final = case.run(**half, **weights, **case.options, return_final_state=True)
+        results.append([y, final, *_grads(y, final, leaves)])
+    for value, expected in zip(*results, strict=True):
+        assert torch.equal(value, expected)
+
+
+@cases
 def test_op_accepts_strided_and_expanded_inputs(case: Case) -> None:
     sequences, weights, _ = case.draw(1, 9)
     strided = {

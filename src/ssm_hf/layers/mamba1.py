@@ -24,7 +24,7 @@ from ssm_hf.layers.mixer import (
 )
 from ssm_hf.ops import selective_scan
 from ssm_hf.ops.dispatch import pick
-from ssm_hf.ops.packing import compute_dtype
+from ssm_hf.ops.packing import compute_dtype, in_given_precision
 from ssm_hf.sequence import SequenceInfo
 
 
@@ -130,7 +130,7 @@ class Mamba1Mixer(Mixer):
         if layer is not None and is_plain_step(x, seq, layer):
             state["conv_state"].copy_(conv_state)
             step = pick("selective_scan", "auto", x.device, reference=self._step)
-            y = step(hidden, dt, B, C, state["ssm_state"]) * F.silu(z)
+            y = in_given_precision(step)(hidden, dt, B, C, state["ssm_state"]) * F.silu(z)
             return self.out_proj(y.to(z.dtype))
         A = -torch.exp(self.A_log.to(compute_dtype(self.A_log)))
         y, ssm_state = selective_scan(

@@ -5,11 +5,37 @@ belongs to, counted from 0 within its row (pads carry the number of the real tok
 `mask` (B, T), True at real tokens. Document 0 of a row is the one that continues `initial_state`.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from itertools import pairwise
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def in_given_precision(
+    op: Callable[_Arguments, _Result],
+) -> Callable[_Arguments, _Result]:
+    """Keep autocast out of an operator: it chooses its own precision by `compute_dtype`.
+
+    Autocast would turn single products inside into bf16, and the gradients of decays, which are
+    differences that cancel, would lose most of their digits.
+    """
+
+    @functools.wraps(op)
+    def run(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        values = (*args, *kwargs.values())
+        device = next(v for v in values if isinstance(v, Tensor)).device.type
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return op(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return op(*args, **kwargs)
+
+    return run
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:

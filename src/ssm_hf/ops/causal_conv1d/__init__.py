@@ -10,11 +10,12 @@ from ssm_hf.ops.causal_conv1d.reference import (
     causal_conv1d_step,
 )
 from ssm_hf.ops.dispatch import pick
-from ssm_hf.ops.packing import check_packing, document_numbers, run_per_document
+from ssm_hf.ops.packing import check_packing, document_numbers, in_given_precision, run_per_document
 
 __all__ = ["causal_conv1d", "causal_conv1d_recurrent", "causal_conv1d_step"]
 
 
+@in_given_precision
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,

@@ -14,12 +14,14 @@ from ssm_hf.ops.packing import (
     compute_dtype,
     document_numbers,
     document_starts,
+    in_given_precision,
     run_per_document,
 )
 
 __all__ = ["linear_scan", "linear_scan_recurrent", "linear_scan_step"]
 
 
+@in_given_precision
 def linear_scan(
     a: Tensor,
     b: Tensor,

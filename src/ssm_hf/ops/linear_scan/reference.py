@@ -59,6 +59,7 @@ class _LinearScan(torch.autograd.Function):
         return h
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dh: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         a, h = ctx.saved_tensors
         # g_t = dh_t + conj(a_{t+1}) g_{t+1}, then da_t = g_t conj(h_{t-1}) and db_t = g_t.

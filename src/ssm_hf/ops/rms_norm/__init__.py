@@ -3,11 +3,13 @@
 from torch import Tensor
 
 from ssm_hf.ops.dispatch import pick
+from ssm_hf.ops.packing import in_given_precision
 from ssm_hf.ops.rms_norm.reference import rms_norm_torch
 
 __all__ = ["rms_norm"]
 
 
+@in_given_precision
 def rms_norm(
     x: Tensor,
     weight: Tensor,

@@ -5,7 +5,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssm_hf.ops.dispatch import pick
-from ssm_hf.ops.packing import check_packing, compute_dtype, document_numbers, run_per_document
+from ssm_hf.ops.packing import (
+    check_packing,
+    compute_dtype,
+    document_numbers,
+    in_given_precision,
+    run_per_document,
+)
 from ssm_hf.ops.selective_scan.reference import (
     selective_scan_blocked,
     selective_scan_recurrent,
@@ -16,6 +22,7 @@ from ssm_hf.ops.step_size import check_dt_limit, step_size
 __all__ = ["selective_scan", "selective_scan_recurrent", "selective_scan_step"]
 
 
+@in_given_precision
 def selective_scan(
     x: Tensor,
     dt: Tensor,

@@ -5,13 +5,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssm_hf.ops.dispatch import pick
-from ssm_hf.ops.packing import check_packing, compute_dtype, document_numbers, run_per_document
+from ssm_hf.ops.packing import (
+    check_packing,
+    compute_dtype,
+    document_numbers,
+    in_given_precision,
+    run_per_document,
+)
 from ssm_hf.ops.ssd.reference import ssd_chunked, ssd_recurrent, ssd_step
 from ssm_hf.ops.step_size import check_dt_limit, step_size
 
 __all__ = ["ssd", "ssd_recurrent", "ssd_step"]
 
 
+@in_given_precision
 def ssd(
     x: Tensor,
     dt: Tensor,
