@@ -4,7 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/demo
 LONG_RUN ?= runs/demo-long
-LAUNCH = $(BIN)/accelerate launch --config_file configs/accelerate/single.yaml -m training.train
+# On a CPU accelerate starts its process with one thread unless told otherwise.
+THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
+LAUNCH = $(BIN)/accelerate launch --config_file configs/accelerate/single.yaml \
+  --num_cpu_threads_per_process $(THREADS) -m training.train
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false

@@ -166,7 +166,7 @@ def main() -> None:
             print(line, flush=True)
             for value in got.values():
                 value.pop("check")
-            results.write(json.dumps({**header, **row, **got}) + "\n")
+            results.write(json.dumps({**header, **row, "measured": got}) + "\n")
 
 
 if __name__ == "__main__":
