@@ -18,7 +18,7 @@ help:
 	@echo "make demo       pretrain a small Mamba-2 on this interpreter's library, reload, generate, evaluate"
 	@echo "make demo-long  the same for longer, to beat an order-5 n-gram clearly"
 	@echo "make test       linters, types and the test suite (what CI runs)"
-	@echo "make test-full  the large grids too, and GPU tests where there is one"
+	@echo "make test-full  the tests marked slow or gpu too (these skip where there is no GPU)"
 	@echo "make bench-cpu  CPU speed beside transformers' torch path"
 
 # A stamp per set of extras: a changed pyproject.toml or constraints.txt installs again.

@@ -120,6 +120,9 @@ class RecurrentLayer:
 
     def activate_past_recording(self) -> None:
         """From the next call on, keep what `crop` needs."""
+        if not self.record_past:
+            # Calls since an earlier recording were not noted; replaying over them would be wrong.
+            self._before, self._inputs = {}, {}
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:

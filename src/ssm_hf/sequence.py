@@ -62,6 +62,8 @@ class SequenceInfo(NamedTuple):
         Raises:
             ValueError: a shape is wrong, or two descriptions of the packing disagree.
         """
+        if length < 1:
+            raise ValueError(f"the sequence is empty: expected T >= 1, got T={length}")
         if isinstance(attention_mask, dict):
             masks = [m for m in attention_mask.values() if m is not None and m.ndim == 2]
             attention_mask = masks[0] if masks else None

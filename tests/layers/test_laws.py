@@ -233,6 +233,35 @@ def test_mixer_crop_reaches_into_a_padded_prompt_and_over_many_steps(mixer: Mixe
     _assert_same_state(cache, clean)
 
 
+def test_mixer_crop_forgets_what_was_recorded_before_a_gap(mixer: Mixer) -> None:
+    parts, cache, clean = [_x(1, n) for n in (9, 1, 3)], _cache(), _cache()
+    cache.activate_past_recording()
+    for part, records in zip(parts, (True, False, True), strict=True):
+        if records:
+            cache.activate_past_recording()
+        else:
+            cache.layers[0].record_past = False
+        mixer(part, ALL, cache)
+        cache.seen_tokens += part.shape[1]
+    cache.crop(-2)
+    for part in (*parts[:2], parts[2][:, :1]):
+        mixer(part, ALL, clean)
+    _assert_same_state(cache, clean)
+    with pytest.raises(RuntimeError, match="only 0 were recorded"):
+        cache.crop(-2)
+
+
+def test_mixer_step_without_gradient_leaves_the_graph_of_its_state_alone(mixer: Mixer) -> None:
+    x, cache = _x(1, 5).requires_grad_(), _cache()
+    loss = mixer(x, ALL, cache).sum()
+    (expected,) = torch.autograd.grad(loss, x, retain_graph=True)
+    carried = sum(t.sum() for t in _state(cache).values())
+    with torch.no_grad():
+        mixer(_x(1, 1), ALL, cache)
+    (grad,) = torch.autograd.grad(loss + 0 * carried, x)
+    assert torch.equal(grad, expected)
+
+
 def test_mixer_parameters_that_must_not_decay_exist(mixer: Mixer) -> None:
     own = {name for name, _ in mixer.named_parameters(recurse=False)}
     assert set(mixer.no_decay) == own

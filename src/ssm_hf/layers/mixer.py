@@ -84,6 +84,7 @@ def is_plain_step(x: Tensor, seq: SequenceInfo, layer: RecurrentLayer | None) ->
         and not layer.record_past
         and seq.mask is None
         and not torch.is_grad_enabled()
+        and not any(t.requires_grad for t in layer.state.values())
     )
 
 

@@ -9,6 +9,27 @@ from torch import Tensor
 from ssm_hf.ops.packing import compute_dtype
 
 
+def _normed(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    gate: Tensor | None,
+    group_size: int,
+    norm_before_gate: bool,
+) -> tuple[Tensor, Tensor]:
+    """The definition: y in the computing dtype, and 1 / rms of every group."""
+    dtype = compute_dtype(x)
+    h, act = x.to(dtype), None if gate is None else F.silu(gate.to(dtype))
+    if act is not None and not norm_before_gate:
+        h = h * act
+    grouped = h if group_size == x.shape[-1] else h.unflatten(-1, (-1, group_size))
+    scale = torch.rsqrt(grouped.square().mean(dim=-1, keepdim=True) + eps)
+    y = (grouped * scale).view_as(h) * weight
+    if act is not None and norm_before_gate:
+        y = y * act
+    return y, scale
+
+
 class _RMSNorm(torch.autograd.Function):
     """Keeps the inputs and one number per group; everything else is formed again backwards."""
 
@@ -22,16 +43,9 @@ class _RMSNorm(torch.autograd.Function):
         group_size: int,
         norm_before_gate: bool,
     ) -> Tensor:
-        dtype = compute_dtype(x)
-        h, act = x.to(dtype), None if gate is None else F.silu(gate.to(dtype))
-        if act is not None and not norm_before_gate:
-            h = h * act
-        grouped = h.unflatten(-1, (-1, group_size))
-        scale = torch.rsqrt(grouped.square().mean(dim=-1, keepdim=True) + eps)
-        y = (grouped * scale).view_as(h)
-        y.mul_(weight)
-        if act is not None and norm_before_gate:
-            y.mul_(act)
+        y, scale = _normed(x, weight, eps, gate, group_size, norm_before_gate)
+        # (..., groups, 1), also where there is one group
+        scale = scale if scale.ndim > x.ndim else scale.unsqueeze(-2)
         ctx.save_for_backward(x, weight, gate, scale)
         ctx.group_size, ctx.norm_before_gate = group_size, norm_before_gate
         return y.to(x.dtype)
@@ -64,30 +78,6 @@ class _RMSNorm(torch.autograd.Function):
         return dh.to(x.dtype), dweight, dgate, None, None, None
 
 
-def rms_norm_definition(
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    gate: Tensor | None,
-    group_size: int | None,
-    norm_before_gate: bool,
-) -> Tensor:
-    """The definition; it has any number of derivatives."""
-    dtype = compute_dtype(x)
-    h, act = x.to(dtype), None if gate is None else F.silu(gate.to(dtype))
-    if act is not None and not norm_before_gate:
-        h = h * act
-    if group_size is None or group_size == x.shape[-1]:
-        h = h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + eps)
-    else:
-        grouped = h.unflatten(-1, (-1, group_size))
-        h = (grouped * torch.rsqrt(grouped.square().mean(dim=-1, keepdim=True) + eps)).flatten(-2)
-    y = h * weight.to(dtype)
-    if act is not None and norm_before_gate:
-        y = y * act
-    return y.to(x.dtype)
-
-
 def rms_norm_torch(
     x: Tensor,
     weight: Tensor,
@@ -97,8 +87,8 @@ def rms_norm_torch(
     norm_before_gate: bool,
 ) -> Tensor:
     """Statistics, gate and weight in fp32 (fp64 for fp64 inputs); see `_RMSNorm`."""
-    if not torch.is_grad_enabled():
-        return rms_norm_definition(x, weight, eps, gate, group_size, norm_before_gate)
     size = x.shape[-1] if group_size is None else group_size
     wide_weight = weight.to(compute_dtype(x))
+    if not torch.is_grad_enabled():
+        return _normed(x, wide_weight, eps, gate, size, norm_before_gate)[0].to(x.dtype)
     return _RMSNorm.apply(x, wide_weight, gate, eps, size, norm_before_gate)  # pyright: ignore[reportReturnType]
