@@ -45,3 +45,8 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
     wide = torch.complex128 if expected.is_complex() else torch.float64
     value, expected = value.detach().to(wide), expected.detach().to(wide)
     return float((value - expected).norm()) / (float(expected.norm()) or 1.0)
+
+
+def kernel_device() -> torch.device:
+    """Where kernels run in tests: a GPU, or CPU tensors in Triton's interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

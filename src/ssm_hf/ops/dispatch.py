@@ -5,6 +5,7 @@ one that can run. An explicit request that cannot be met raises; `auto` steps do
 the log.
 """
 
+import importlib.util
 import logging
 import os
 from collections.abc import Callable, Generator
@@ -27,10 +28,23 @@ class ImplementationUnavailableError(RuntimeError):
     """An implementation was asked for by name and cannot run here; the message says why."""
 
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+_WITHOUT_KERNEL = ("linear_scan",)
+
+
+# Triton decides this when a kernel is defined, so here too it is decided once.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
 def why_not_triton(op: str, device: torch.device) -> str | None:
     """Reason why the Triton kernel of `op` cannot run on tensors of `device`; None when it can."""
-    del device
-    return f"this version of ssm_hf has no Triton kernel for {op}"
+    if op in _WITHOUT_KERNEL:
+        return f"this version of ssm_hf has no Triton kernel for {op}"
+    if not HAS_TRITON:
+        return "the package triton is not installed (pip install triton)"
+    if device.type != "cuda" and not _INTERPRETED:
+        return f"Triton kernels need a GPU, and the tensors lie on {device.type}"
+    return None
 
 
 def _wanted(impl: str) -> Impl:
@@ -46,7 +60,13 @@ def _wanted(impl: str) -> Impl:
 
 
 def pick(
-    op: str, impl: str, device: torch.device, *, reference: _Run, triton: _Run | None = None
+    op: str,
+    impl: str,
+    device: torch.device,
+    *,
+    reference: _Run,
+    triton: _Run | None = None,
+    unsupported: str | None = None,
 ) -> _Run:
     """Return the callable that runs operator `op` on tensors of `device`.
 
@@ -56,7 +76,9 @@ def pick(
             the environment variable `SSM_HF_IMPL`.
         device: device of the operator's inputs.
         reference: vectorised torch path.
-        triton: kernel launcher, or None where no kernel exists.
+        triton: kernel launcher, or None where no kernel exists or Triton is not installed.
+        unsupported: why the kernels cannot take these arguments (a size or dtype outside what they
+            support, with the supported values), or None when they can.
 
     Raises:
         ImplementationUnavailableError: `"triton"` was asked for and cannot run.
@@ -65,7 +87,10 @@ def pick(
     wanted = _wanted(impl)
     if wanted == "reference":
         return reference
-    reason = why_not_triton(op, device)
+    reason = why_not_triton(op, device) or unsupported
+    # The interpreter is a debugging tool, a thousand times slower: on a CPU it must be asked for.
+    if reason is None and wanted == "auto" and device.type != "cuda":
+        return reference
     if reason is None and triton is not None:
         return triton
     if wanted == "triton":
@@ -73,7 +98,8 @@ def pick(
             f'impl="triton" was requested for {op}, but {reason}; use impl="auto" or "reference"'
         )
     # On a CPU the torch path is what one expects; elsewhere it is slower than it could be: say so.
-    if device.type not in ("cpu", "meta") and op not in _told:
+    quiet = device.type in ("cpu", "meta") or torch.compiler.is_compiling()
+    if not quiet and op not in _told:
         _told.add(op)
         logger.warning("%s runs its torch path on %s: %s", op, device.type, reason)
     return reference
@@ -107,12 +133,12 @@ def implementations(device: torch.device | str | None = None) -> dict[str, tuple
         reason = why_not_triton(op, device)
         if wanted == "reference":
             table[op] = ("reference", "requested by implementation(...) or SSM_HF_IMPL")
-        elif reason is None:
+        elif reason is None and (wanted == "triton" or device.type == "cuda"):
             table[op] = ("triton", f"Triton kernels run on {device.type}")
         elif wanted == "triton":
             table[op] = ("error", f'"triton" is requested, but {reason}')
         else:
-            table[op] = ("reference", reason)
+            table[op] = ("reference", reason or "Triton's interpreter runs only on request")
     return table
 
 

@@ -1,0 +1,76 @@
+"""What every kernel launch needs: tuned block sizes, the right device, deterministic or not."""
+
+import functools
+import json
+from contextlib import AbstractContextManager, nullcontext
+from importlib.resources import files
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# (kernel, architecture) -> {size class: {"BLOCK_...": ..., "num_warps": ..., "num_stages": ...}}
+# Written by `python -m benchmarks.tune`; nothing is tuned while a program runs.
+TUNED: dict[str, dict[str, dict[str, dict[str, int]]]] = json.loads(
+    files("ssm_hf.ops").joinpath("tuned.json").read_text()
+)
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """`"sm90"`, `"gfx942"`, ... of a GPU; `"cpu"` for the interpreter."""
+    if device.type != "cuda":
+        return "cpu"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm{properties.major}{properties.minor}"
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 for the interpreter."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def tuned(kernel: str, size: str, device: torch.device) -> dict[str, int]:
+    """Launch options of `kernel` for a size class on `device`.
+
+    Looks for the architecture, then `"default"`; there for `size`, then `"default"`.
+
+    Raises:
+        KeyError: tuned.json does not know the kernel.
+    """
+    by_architecture = TUNED[kernel]
+    by_size = by_architecture.get(architecture(device), by_architecture["default"])
+    options = by_size.get(size) or by_size.get("default") or by_architecture["default"]["default"]
+    # Triton's default for fused multiply-adds changes between its versions; ours does not.
+    return {**options, "enable_fp_fusion": True}
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Make the tensor's GPU the current one for the launches inside."""
+    if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return nullcontext()
+
+
+def check_tensors(op: str, dtypes: tuple[torch.dtype, ...], **tensors: Tensor | None) -> None:
+    """Raise `ValueError` where tensors lie on different devices or have a dtype outside `dtypes`.
+
+    The first tensor's device is the one expected; integer and bool tensors may have any dtype.
+    """
+    given = {name: t for name, t in tensors.items() if t is not None}
+    first, expected = next((name, t.device) for name, t in given.items())
+    for name, t in given.items():
+        if t.device != expected:
+            raise ValueError(
+                f"{op}: {name} lies on {t.device}, expected {expected}, where {first} lies"
+            )
+        if t.is_floating_point() and t.dtype not in dtypes:
+            raise ValueError(
+                f"{op}: {name} has dtype {t.dtype}, expected one of {', '.join(map(str, dtypes))}"
+            )
