@@ -14,6 +14,7 @@ with the device, the versions, the commit, the command and the ceilings of the s
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import platform
 import shlex
@@ -126,11 +127,10 @@ def ceilings() -> dict[str, float]:
         return {}
     a = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     b = torch.empty_like(a)
-    copy = device_ms([lambda: b.copy_(a)])
-    del a, b
+    copy = device_ms([functools.partial(b.copy_, a)])
     m, n = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty_like(m)
-    matmul = device_ms([lambda: torch.matmul(m, n, out=out)])
+    matmul = device_ms([functools.partial(torch.matmul, m, n, out=out)])
     return {
         "copy_tb_s": round(2 * 2**30 / copy * 1e-9, 3),
         "bf16_tflop_s": round(2 * 8192**3 / matmul * 1e-9, 1),
@@ -157,7 +157,7 @@ def wall_ms(run: Callable[[], object], seconds: float = 0.1) -> float:
         run()
         mark.record()
     marks[-1].synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False))
+    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
 
 
 def device_ms(runs: Sequence[Callable[[], object]], seconds: float = 0.1) -> float:
@@ -196,6 +196,7 @@ def profiled_ms(run: Callable[[], object]) -> float:
 def rotations(moved: int) -> int:
     """How many input sets to rotate so that the second use of one finds nothing in the cache.
 
-    Caches of the GPUs hold at most 60 MB; three times that between two uses of one set.
+    `moved` is the number of bytes of one set. The GPUs' caches hold at most 60 MB; three times that
+    lies between two uses of a set.
     """
-    return max(1, -(-180_000_000 // max(moved, 1)) if moved < 180_000_000 else 1)
+    return -(-180_000_000 // max(moved, 1))
