@@ -1,0 +1,320 @@
+"""Other projects' operators with the arguments of ours, each importable here or saying why not.
+
+`PEERS[operator][provider]()` imports the peer and returns a function that takes the inputs of
+benchmarks/operators.py. Nothing of a peer is changed but how long its autotuner measures: see
+`Autotuners`.
+"""
+
+import importlib.util
+import itertools
+import json
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Run = Callable[..., Any]
+PEERS: dict[str, dict[str, Callable[[], Run]]] = {}
+
+
+def _peer(operator: str, provider: str) -> Callable[[Callable[[], Run]], Callable[[], Run]]:
+    def register(load: Callable[[], Run]) -> Callable[[], Run]:
+        PEERS.setdefault(operator, {})[provider] = load
+        return load
+
+    return register
+
+
+def load(operator: str) -> dict[str, Run | str]:
+    """The peers of an operator: a function, or the reason why there is none."""
+    found: dict[str, Run | str] = {}
+    for provider, importer in PEERS.get(operator, {}).items():
+        try:
+            found[provider] = importer()
+        except (ImportError, RuntimeError) as error:
+            found[provider] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def _without_cuda_scan() -> None:
+    """Let mamba_ssm be imported where its CUDA extension is not built: its Triton part needs none.
+
+    The stand-in has no functions, so whoever calls the CUDA scan fails loudly.
+    """
+    name = "selective_scan_cuda"
+    if name not in sys.modules and importlib.util.find_spec(name) is None:
+        sys.modules[name] = types.ModuleType(name)
+
+
+def _cuda_extension(name: str) -> None:
+    """Raise ImportError unless the compiled module can be loaded."""
+    if name in sys.modules and not hasattr(sys.modules[name], "__file__"):
+        raise ImportError(f"the CUDA extension {name} is not installed")
+    importlib.import_module(name)
+
+
+@_peer("ssd", "mamba_ssm")
+def _ssd_mamba() -> Run:
+    _without_cuda_scan()
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    def run(x, dt, A, B, C, D=None, z=None, dt_bias=None, initial_state=None, seq_idx=None):
+        # 256 is the chunk of mamba_ssm's own modules.
+        return mamba_chunk_scan_combined(
+            x, dt, A, B, C, chunk_size=256, D=D, z=z, dt_bias=dt_bias, dt_softplus=True,
+            initial_states=initial_state, seq_idx=seq_idx,
+        )  # fmt: skip
+
+    return run
+
+
+@_peer("selective_scan", "mamba_ssm")
+def _selective_scan_mamba() -> Run:
+    _without_cuda_scan()
+    _cuda_extension("selective_scan_cuda")
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    def run(x, dt, A, B, C, D=None, z=None, dt_bias=None):
+        # Its layout is (B, channels, T); views of ours keep the copies out of the time.
+        x, dt, B, C = (v.transpose(1, 2) for v in (x, dt, B, C))
+        z = None if z is None else z.transpose(1, 2)
+        y = selective_scan_fn(
+            x, dt, A, B, C, D, z=z, delta_bias=dt_bias, delta_softplus=True
+        )  # fmt: skip
+        return y.transpose(1, 2)
+
+    return run
+
+
+@_peer("causal_conv1d", "fla")
+def _conv_fla() -> Run:
+    from fla.modules.causal_conv1d import causal_conv1d
+
+    def run(x, weight, bias=None):
+        return causal_conv1d(x, weight, bias, activation="silu", backend="triton")[0]
+
+    return run
+
+
+@_peer("causal_conv1d", "causal_conv1d")
+def _conv_cuda() -> Run:
+    _cuda_extension("causal_conv1d_cuda")
+    from causal_conv1d import causal_conv1d_fn
+
+    def run(x, weight, bias=None, seq_idx=None):
+        y = causal_conv1d_fn(x.transpose(1, 2), weight, bias, seq_idx=seq_idx, activation="silu")
+        return y.transpose(1, 2)
+
+    return run
+
+
+@_peer("rms_norm", "mamba_ssm")
+def _norm_mamba() -> Run:
+    _without_cuda_scan()
+    from mamba_ssm.ops.triton.layer_norm import rms_norm_fn
+
+    return lambda x, weight: rms_norm_fn(x, weight, None, eps=1e-5)
+
+
+@_peer("rms_norm", "fla")
+def _norm_fla() -> Run:
+    from fla.modules.norm.layernorm import rms_norm
+
+    return lambda x, weight: rms_norm(x, weight, None, eps=1e-5)
+
+
+@_peer("gated_rms_norm", "mamba_ssm")
+def _gated_norm_mamba() -> Run:
+    _without_cuda_scan()
+    from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
+
+    def run(x, weight, gate, group_size=None):
+        return rmsnorm_fn(
+            x, weight, None, z=gate, eps=1e-5, group_size=group_size, norm_before_gate=False
+        )
+
+    return run
+
+
+@_peer("gated_rms_norm", "fla")
+def _gated_norm_fla() -> Run:
+    from fla.modules.norm.layernorm_gated import rmsnorm_fn
+
+    def run(x, weight, gate, group_size=None):
+        return rmsnorm_fn(
+            x, weight, None, z=gate, eps=1e-5, group_size=group_size, norm_before_gate=False
+        )
+
+    return run
+
+
+@_peer("add_rms_norm", "mamba_ssm")
+def _add_norm_mamba() -> Run:
+    _without_cuda_scan()
+    from mamba_ssm.ops.triton.layer_norm import rms_norm_fn
+
+    def run(x, residual, weight):
+        return rms_norm_fn(
+            x, weight, None, residual=residual, eps=1e-5, prenorm=True, residual_in_fp32=True
+        )
+
+    return run
+
+
+@_peer("add_rms_norm", "fla")
+def _add_norm_fla() -> Run:
+    from fla.modules.norm.layernorm import rms_norm
+
+    def run(x, residual, weight):
+        return rms_norm(
+            x, weight, None, residual=residual, eps=1e-5, prenorm=True, residual_in_fp32=True
+        )
+
+    return run
+
+
+@_peer("linear_cross_entropy", "fla")
+def _loss_fla() -> Run:
+    from fla.modules.fused_linear_cross_entropy import fused_linear_cross_entropy_loss
+
+    return lambda x, weight, labels: fused_linear_cross_entropy_loss(x, labels, weight)
+
+
+@_peer("linear_cross_entropy", "torch")
+def _loss_torch() -> Run:
+    return lambda x, weight, labels: F.cross_entropy(F.linear(x, weight).float(), labels)
+
+
+@_peer("mixer", "mamba_ssm")
+def _mixer_mamba() -> Run:
+    _without_cuda_scan()
+    _cuda_extension("causal_conv1d_cuda")
+    from mamba_ssm.ops.triton.ssd_combined import mamba_split_conv1d_scan_combined
+
+    def run(projected, conv_weight, conv_bias, A, D, dt_bias, norm_weight, out_weight, head_dim):
+        return mamba_split_conv1d_scan_combined(
+            projected, conv_weight, conv_bias, dt_bias, A, D, chunk_size=256, activation="silu",
+            rmsnorm_weight=norm_weight, rmsnorm_eps=1e-5, outproj_weight=out_weight,
+            headdim=head_dim, ngroups=1, norm_before_gate=False,
+        )  # fmt: skip
+
+    return run
+
+
+@_peer("ssd_update", "mamba_ssm")
+def _update_mamba() -> Run:
+    _without_cuda_scan()
+    from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+
+    def run(state, x, dt, A, B, C, D, dt_bias):
+        _, heads, head_dim, states = state.shape
+        # Strides of zero tell it that dt, A, D and dt_bias belong to a head, not to a channel.
+        return selective_state_update(
+            state, x, dt[..., None].expand(-1, -1, head_dim),
+            A[:, None, None].expand(heads, head_dim, states), B, C,
+            D=D[:, None].expand(heads, head_dim),
+            dt_bias=dt_bias[:, None].expand(heads, head_dim), dt_softplus=True,
+        )  # fmt: skip
+
+    return run
+
+
+class Autotuners:
+    """The peers' Triton autotuners: every candidate is compiled in parallel and measured briefly.
+
+    Their own search compiles one candidate after another, minutes for one shape. What is chosen is
+    theirs: the fastest of their candidates on the first inputs of each key. The choices are kept in
+    a file, so that later runs compile one candidate.
+    """
+
+    def __init__(self, choices: Path) -> None:
+        self.path = choices
+        self.known: dict[str, dict[str, Any]] = {}
+        if choices.exists():
+            self.known = json.loads(choices.read_text())
+
+    def _tuners(self) -> Iterator[tuple[str, Any]]:
+        seen: set[int] = set()
+        for module in sorted(m for m in sys.modules if m.split(".")[0] in ("mamba_ssm", "fla")):
+            for name, value in vars(sys.modules[module]).items():
+                # A heuristic may wrap the autotuner.
+                while value is not None and not isinstance(getattr(value, "configs", None), list):
+                    value = vars(value).get("fn") if hasattr(value, "__dict__") else None
+                if value is not None and id(value) not in seen and hasattr(value, "base_fn"):
+                    seen.add(id(value))
+                    yield f"{value.base_fn.__module__}.{name}", value
+
+    @staticmethod
+    def _key(tuner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        given = {**dict(zip(tuner.arg_names, args, strict=False)), **kwargs}
+        given = {name: v for name, v in given.items() if name in tuner.arg_names}
+        values = [given[k] for k in tuner.keys if k in given]
+        return tuple(values + [str(v.dtype) for v in given.values() if isinstance(v, Tensor)])
+
+    def _restore(self, name: str, tuner: Any) -> None:
+        for written, options in self.known.get(name, {}).items():
+            for config in tuner.configs:
+                if config.all_kwargs() == options:
+                    tuner.cache[tuple(json.loads(written))] = config
+
+    def compile_only(self, part: int, parts: int) -> None:
+        """From now on the peers' autotuned kernels compile their candidates and do not run.
+
+        Of the candidates that no file decides, this process takes every `parts`-th.
+        """
+        count = 0
+        for name, tuner in self._tuners():
+            self._restore(name, tuner)
+            done: set[tuple[Any, ...]] = set()
+
+            def run(*args: Any, _tuner: Any = tuner, _done: set = done, **kwargs: Any) -> None:
+                nonlocal count
+                key = self._key(_tuner, args, kwargs)
+                if key in _done:
+                    return
+                _done.add(key)
+                _tuner.nargs = dict(zip(_tuner.arg_names, args, strict=False))
+                chosen = _tuner.cache.get(key)
+                for config in [chosen] if chosen else _tuner.prune_configs(kwargs):
+                    count += 1
+                    if count % parts == part:
+                        options = {**kwargs, "warmup": True, **config.all_kwargs()}
+                        try:
+                            _tuner.fn.run(*args, **options)
+                        except Exception as error:  # a candidate too large for this GPU
+                            print(f"{_tuner.base_fn.__name__}: {type(error).__name__}")
+
+            tuner.run = run
+
+    def measure_briefly(self) -> None:
+        """From now on undecided candidates are timed for a few milliseconds each."""
+        for name, tuner in self._tuners():
+            self._restore(name, tuner)
+            tuner.__dict__["do_bench"] = _brief
+
+    def save(self) -> None:
+        """Add what the autotuners have chosen to the file."""
+        for name, tuner in self._tuners():
+            for key, config in tuner.cache.items():
+                chosen = self.known.setdefault(name, {})
+                chosen[json.dumps(key)] = config.all_kwargs()
+        self.path.write_text(json.dumps(self.known, indent=1, sort_keys=True) + "\n")
+
+
+def _brief(run: Callable[[], object], quantiles: Any = None) -> list[float]:
+    """Best of 8 calls in ms, as often as there are quantiles."""
+    for _ in range(2):
+        run()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(9)]
+    marks[0].record()
+    for mark in marks[1:]:
+        run()
+        mark.record()
+    marks[-1].synchronize()
+    best = min(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
+    return [best] * 3
