@@ -1,0 +1,257 @@
+"""The operators that are timed: inputs, the call, and the least work that it can be done with.
+
+Shapes are dicts of the letters of docs/glossary.md (B batch, T tokens, H heads, P head size,
+N state, G groups, I channels, V vocabulary). Inputs are drawn as a model at initialisation would
+produce them: step sizes between 0.001 and 0.1, decay rates between 1 and 16.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssm_hf import ops
+
+Shape = dict[str, int]
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Work:
+    """The least a call has to do: bytes to and from memory, operations on each unit of the chip."""
+
+    moved: float
+    matmul: float = 0.0
+    exps: float = 0.0
+
+    def limits(self, ceilings: dict[str, float], processors: int) -> dict[str, float]:
+        """Milliseconds that each resource needs on its own.
+
+        Copy and matmul rates are measured in the same run. An exponential takes a slot of the
+        multifunction unit: 16 a clock and multiprocessor, at 1.98 GHz.
+        """
+        return {
+            "memory": self.moved / ceilings["copy_tb_s"] * 1e-9,
+            "matmul": self.matmul / ceilings["bf16_tflop_s"] * 1e-9,
+            "exp": self.exps / (processors * 16 * 1.98e9) * 1e3,
+        }
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One public operator of ours.
+
+    `draw(shape, dtype)` makes the inputs on the GPU, `run(inputs, impl)` calls the operator,
+    `work(shape, itemsize, backward)` is the least work, `per_row` names the inputs that have the
+    batch as their first dimension. `gradients` are the inputs whose gradients are formed.
+    """
+
+    draw: Callable[[Shape, torch.dtype], Inputs]
+    run: Callable[[Inputs, str], Any]
+    work: Callable[[Shape, int, bool], Work]
+    per_row: tuple[str, ...]
+    gradients: tuple[str, ...]
+
+
+def _normal(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape, device="cuda") * scale).to(dtype)
+
+
+def _dt_bias(count: int) -> Tensor:
+    """Biases whose softplus is spread evenly, in the logarithm, over 0.001 to 0.1."""
+    low, high = math.log(1e-3), math.log(0.1)
+    dt = torch.exp(low + (high - low) * torch.rand(count, device="cuda"))
+    return dt + torch.log(-torch.expm1(-dt))
+
+
+def _documents(shape: Shape) -> dict[str, Tensor]:
+    """`seq_idx` of documents of random lengths, none of them empty, or nothing without packing."""
+    count = shape.get("documents", 1)
+    if count == 1:
+        return {}
+    generator = torch.Generator().manual_seed(count)
+    cuts = torch.randperm(shape["T"] - 1, generator=generator)[: count - 1].sort().values + 1
+    lengths = torch.diff(cuts, prepend=torch.tensor([0]), append=torch.tensor([shape["T"]]))
+    seq_idx = torch.repeat_interleave(torch.arange(count), lengths)
+    return {"seq_idx": seq_idx.to(torch.int32).expand(shape["B"], -1).contiguous().cuda()}
+
+
+def _draw_ssd(s: Shape, dtype: torch.dtype) -> Inputs:
+    B, T, H, P, N, G = (s[k] for k in "BTHPNG")
+    return {
+        "x": _normal(B, T, H, P, dtype=dtype),
+        "dt": _normal(B, T, H, dtype=dtype, scale=0.5),
+        "A": -(1 + 15 * torch.rand(H, device="cuda")),
+        "B": _normal(B, T, G, N, dtype=dtype),
+        "C": _normal(B, T, G, N, dtype=dtype),
+        "D": torch.ones(H, device="cuda"),
+        "dt_bias": _dt_bias(H),
+        **_documents(s),
+    }
+
+
+def _ssd_work(s: Shape, item: int, backward: bool) -> Work:
+    """Chunks of 64; scores are formed once per group, head by head only what depends on the head.
+
+    With gradients, x, B, C and dt are read twice, y and its gradient pass once. fp32 products cost
+    three tf32 products, at half the rate of bf16 each.
+    """
+    B, T, H, P, N, G = (s[k] for k in "BTHPNG")
+    Q, cost = 64, 1 if item == 2 else 6
+    x, bc, dt = H * P, 2 * G * N, H
+    moved = 2 * x + bc + dt
+    products = 2 * G * Q * N + H * (2 * Q * P + 4 * N * P)
+    if backward:
+        moved += 3 * x + 2 * bc + 2 * dt
+        products += 6 * G * Q * N + H * (4 * Q * P + 10 * N * P)
+    return Work(B * T * moved * item, B * T * products * cost)
+
+
+def _draw_selective_scan(s: Shape, dtype: torch.dtype) -> Inputs:
+    B, T, I, N = (s[k] for k in "BTIN")
+    return {
+        "x": _normal(B, T, I, dtype=dtype),
+        "dt": _normal(B, T, I, dtype=dtype, scale=0.5),
+        "A": -torch.arange(1, N + 1, dtype=torch.float32, device="cuda").repeat(I, 1),
+        "B": _normal(B, T, N, dtype=dtype),
+        "C": _normal(B, T, N, dtype=dtype),
+        "D": torch.ones(I, device="cuda"),
+        "z": _normal(B, T, I, dtype=dtype),
+        "dt_bias": _dt_bias(I),
+        **_documents(s),
+    }
+
+
+def _selective_scan_work(s: Shape, item: int, backward: bool) -> Work:
+    """A decay per channel and state, and once more for the gradients; softplus and the gate."""
+    B, T, I, N = (s[k] for k in "BTIN")
+    moved, exps = 4 * I + 2 * N, I * N + 2 * I
+    if backward:
+        moved, exps = moved + 7 * I + 4 * N, 2 * exps
+    return Work(B * T * moved * item, exps=B * T * exps)
+
+
+def _draw_conv(s: Shape, dtype: torch.dtype) -> Inputs:
+    B, T, I, K = (s[k] for k in "BTIK")
+    return {
+        "x": _normal(B, T, I, dtype=dtype),
+        "weight": _normal(I, K, dtype=dtype, scale=0.5),
+        "bias": _normal(I, dtype=dtype, scale=0.1),
+        **_documents(s),
+    }
+
+
+def _elementwise(reads_writes: int, gradients: int) -> Callable[[Shape, int, bool], Work]:
+    """Work of an operator that is bound by the passes over (B, T, I) tensors it has to make."""
+
+    def work(s: Shape, item: int, backward: bool) -> Work:
+        passes = reads_writes + (gradients if backward else 0)
+        return Work(s["B"] * s["T"] * s["I"] * passes * item)
+
+    return work
+
+
+def _draw_norm(s: Shape, dtype: torch.dtype) -> Inputs:
+    return {
+        "x": _normal(s["B"], s["T"], s["I"], dtype=dtype),
+        "weight": 1 + _normal(s["I"], scale=0.1),
+    }
+
+
+def _draw_gated_norm(s: Shape, dtype: torch.dtype) -> Inputs:
+    gate = _normal(s["B"], s["T"], s["I"], dtype=dtype)
+    return {**_draw_norm(s, dtype), "gate": gate, "group_size": s["I"] // s.get("G", 1)}
+
+
+def _forward(op: Callable[..., Any], **options: Any) -> Callable[[Inputs, str], Any]:
+    return lambda inputs, impl: op(**inputs, **options, impl=impl)
+
+
+OPERATORS = {
+    "ssd": Operator(
+        _draw_ssd,
+        _forward(ops.ssd, dt_softplus=True),
+        _ssd_work,
+        ("x", "dt", "B", "C", "seq_idx"),
+        ("x", "dt", "A", "B", "C", "D", "dt_bias"),
+    ),
+    "selective_scan": Operator(
+        _draw_selective_scan,
+        _forward(ops.selective_scan, dt_softplus=True),
+        _selective_scan_work,
+        ("x", "dt", "B", "C", "z", "seq_idx"),
+        ("x", "dt", "A", "B", "C", "D", "z", "dt_bias"),
+    ),
+    "causal_conv1d": Operator(
+        _draw_conv,
+        _forward(ops.causal_conv1d, activation="silu"),
+        # y out for x in; the gradient reads x and dy and writes dx
+        _elementwise(2, 3),
+        ("x", "seq_idx"),
+        ("x", "weight", "bias"),
+    ),
+    "rms_norm": Operator(
+        _draw_norm, _forward(ops.rms_norm, eps=1e-5), _elementwise(2, 3), ("x",), ("x", "weight")
+    ),
+    "gated_rms_norm": Operator(
+        _draw_gated_norm,
+        _forward(ops.rms_norm, eps=1e-5),
+        # x, gate, y; the gradient reads x, gate and dy and writes two
+        _elementwise(3, 5),
+        ("x", "gate"),
+        ("x", "weight", "gate"),
+    ),
+}
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+def _ssd(B: int, T: int, H: int, P: int, N: int, G: int = 1, **more: int) -> Shape:
+    return {"B": B, "T": T, "H": H, "P": P, "N": N, "G": G, **more}
+
+
+# Shapes that no launch option was chosen for: (name, operator, shape, dtype).
+GRID: list[tuple[str, str, Shape, torch.dtype]] = [
+    ("grid-ssd-p128-n16", "ssd", _ssd(4, 2039, 24, 128, 16), BF16),
+    ("grid-ssd-p32-n256-g8", "ssd", _ssd(4, 2039, 48, 32, 256, 8), BF16),
+    ("grid-ssd-p64-n64-g8", "ssd", _ssd(2, 4093, 112, 64, 64, 8), BF16),
+    ("grid-ssd-p128-n128", "ssd", _ssd(2, 4093, 112, 128, 128), BF16),
+    ("grid-ssd-p32-n64-short", "ssd", _ssd(2, 509, 48, 32, 64), BF16),
+    ("grid-ssd-100-documents", "ssd", _ssd(1, 16384, 48, 64, 128, documents=100), BF16),
+    ("grid-ssd-fp32", "ssd", _ssd(4, 2039, 24, 64, 128), FP32),
+    ("grid-scan-prime", "selective_scan", {"B": 3, "T": 2039, "I": 1792, "N": 16}, BF16),
+    ("grid-scan-n64", "selective_scan", {"B": 2, "T": 1021, "I": 2048, "N": 64}, BF16),
+    ("grid-scan-fp32", "selective_scan", {"B": 4, "T": 2039, "I": 1536, "N": 16}, FP32),
+    (
+        "grid-scan-100-documents",
+        "selective_scan",
+        {"B": 1, "T": 16384, "I": 1536, "N": 16, "documents": 100},
+        BF16,
+    ),
+    ("grid-conv-prime", "causal_conv1d", {"B": 3, "T": 4093, "I": 1792, "K": 4}, BF16),
+    ("grid-conv-k3", "causal_conv1d", {"B": 4, "T": 2039, "I": 3328, "K": 3}, BF16),
+    ("grid-conv-fp32", "causal_conv1d", {"B": 4, "T": 2039, "I": 1792, "K": 4}, FP32),
+    (
+        "grid-conv-100-documents",
+        "causal_conv1d",
+        {"B": 1, "T": 16384, "I": 1792, "K": 4, "documents": 100},
+        BF16,
+    ),
+    ("norm-768", "rms_norm", {"B": 8, "T": 2048, "I": 768}, BF16),
+    ("norm-2560", "rms_norm", {"B": 8, "T": 2048, "I": 2560}, BF16),
+    ("grid-norm-fp32", "rms_norm", {"B": 3, "T": 2039, "I": 1792}, FP32),
+    ("gated-norm-1536", "gated_rms_norm", {"B": 8, "T": 2048, "I": 1536}, BF16),
+    ("gated-norm-5120", "gated_rms_norm", {"B": 8, "T": 2048, "I": 5120}, BF16),
+    ("grid-gated-norm-g8", "gated_rms_norm", {"B": 2, "T": 4093, "I": 8192, "G": 8}, BF16),
+]
+# Time against length, one row.
+GRID += [
+    (f"length-ssd-{T}", "ssd", _ssd(1, T, 64, 64, 128), BF16) for T in (1024, 4096, 16384, 65536)
+]
+GRID += [
+    (f"length-scan-{T}", "selective_scan", {"B": 1, "T": T, "I": 4096, "N": 16}, BF16)
+    for T in (1024, 4096, 16384, 65536)
+]
