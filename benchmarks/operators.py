@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ssm_hf import ops
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Shape = dict[str, int]
 Inputs = dict[str, Any]
 
@@ -44,7 +45,7 @@ class Work:
 class Operator:
     """One public operator of ours.
 
-    `draw(shape, dtype)` makes the inputs on the GPU, `run(inputs, impl)` calls the operator,
+    `draw(shape, dtype)` makes the inputs, `run(inputs, impl)` calls the operator,
     `work(shape, itemsize, backward)` is the least work, `per_row` names the inputs that have the
     batch as their first dimension. `gradients` are the inputs whose gradients are formed.
     """
@@ -57,13 +58,13 @@ class Operator:
 
 
 def _normal(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
-    return (torch.randn(shape, device="cuda") * scale).to(dtype)
+    return (torch.randn(shape, device=DEVICE) * scale).to(dtype)
 
 
 def _dt_bias(count: int) -> Tensor:
     """Biases whose softplus is spread evenly, in the logarithm, over 0.001 to 0.1."""
     low, high = math.log(1e-3), math.log(0.1)
-    dt = torch.exp(low + (high - low) * torch.rand(count, device="cuda"))
+    dt = torch.exp(low + (high - low) * torch.rand(count, device=DEVICE))
     return dt + torch.log(-torch.expm1(-dt))
 
 
@@ -76,7 +77,7 @@ def _documents(shape: Shape) -> dict[str, Tensor]:
     cuts = torch.randperm(shape["T"] - 1, generator=generator)[: count - 1].sort().values + 1
     lengths = torch.diff(cuts, prepend=torch.tensor([0]), append=torch.tensor([shape["T"]]))
     seq_idx = torch.repeat_interleave(torch.arange(count), lengths)
-    return {"seq_idx": seq_idx.to(torch.int32).expand(shape["B"], -1).contiguous().cuda()}
+    return {"seq_idx": seq_idx.to(torch.int32).expand(shape["B"], -1).contiguous().to(DEVICE)}
 
 
 def _draw_ssd(s: Shape, dtype: torch.dtype) -> Inputs:
@@ -84,10 +85,10 @@ def _draw_ssd(s: Shape, dtype: torch.dtype) -> Inputs:
     return {
         "x": _normal(B, T, H, P, dtype=dtype),
         "dt": _normal(B, T, H, dtype=dtype, scale=0.5),
-        "A": -(1 + 15 * torch.rand(H, device="cuda")),
+        "A": -(1 + 15 * torch.rand(H, device=DEVICE)),
         "B": _normal(B, T, G, N, dtype=dtype),
         "C": _normal(B, T, G, N, dtype=dtype),
-        "D": torch.ones(H, device="cuda"),
+        "D": torch.ones(H, device=DEVICE),
         "dt_bias": _dt_bias(H),
         **_documents(s),
     }
@@ -115,10 +116,10 @@ def _draw_selective_scan(s: Shape, dtype: torch.dtype) -> Inputs:
     return {
         "x": _normal(B, T, I, dtype=dtype),
         "dt": _normal(B, T, I, dtype=dtype, scale=0.5),
-        "A": -torch.arange(1, N + 1, dtype=torch.float32, device="cuda").repeat(I, 1),
+        "A": -torch.arange(1, N + 1, dtype=torch.float32, device=DEVICE).repeat(I, 1),
         "B": _normal(B, T, N, dtype=dtype),
         "C": _normal(B, T, N, dtype=dtype),
-        "D": torch.ones(I, device="cuda"),
+        "D": torch.ones(I, device=DEVICE),
         "z": _normal(B, T, I, dtype=dtype),
         "dt_bias": _dt_bias(I),
         **_documents(s),

@@ -1,0 +1,413 @@
+"""Correctness of the kernels on a GPU, over the list of tests/ops/grid.json, against fp64.
+
+    python -m tests.ops.grid [--only OPERATOR] [--processes 16] [--output FILE.jsonl]
+
+The expected values are the sequential definition in fp64 up to T = 1000 and the chunked torch path
+in fp64 above; tests/ops/test_grid.py ties the two together. Bounds, relative to the norm of what is
+expected:
+
+fp32 (tf32 off): 1e-5, or twice the torch path's own error in fp32 where that is larger than 5e-6:
+    a gradient that is the small difference of large terms has no more digits in fp32.
+bf16, values stored in bf16: twice the error of the torch path fed the same bf16 inputs.
+bf16, values stored in fp32 (weight gradients, states): the torch path computes in fp32, so its
+    error says nothing; matrix units multiply bf16 operands. The bound is twice what the value
+    moves when every operand is rounded to bf16 once more: expected values of inputs and output
+    gradients that are each changed by a random half unit in the last place.
+"""
+
+import argparse
+import functools
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssm_hf.ops import causal_conv1d, rms_norm, selective_scan, ssd
+from ssm_hf.ops.causal_conv1d import causal_conv1d_recurrent
+from ssm_hf.ops.packing import document_numbers
+from ssm_hf.ops.selective_scan import selective_scan_recurrent
+from ssm_hf.ops.ssd import ssd_recurrent
+from ssm_hf.ops.step_size import step_size
+from tests.helpers import relative_error
+from tests.ops.pairwise import Row
+
+Inputs = dict[str, Any]
+ROWS: list[Row] = json.loads(Path(__file__).with_name("grid.json").read_text())
+LONG: Row = {
+    "T": 70000, "N": 128, "B": 1, "G": 1, "P": 64, "packing": "none", "dtype": "bfloat16",
+    "mask": False, "initial_state": True, "extras": True,
+}  # fmt: skip
+SEQUENTIAL_UP_TO = 1000
+# Inputs without a time dimension are fp32 in every model, but for the convolution's.
+FP32_INPUTS = ("A", "D", "dt_bias", "initial_state")
+PACKING = ("seq_idx", "cu_seqlens", "mask")
+
+
+@dataclass(frozen=True)
+class Operator:
+    """How one operator is drawn for a row of the list, called, and defined token by token."""
+
+    draw: Callable[[Row, torch.Generator], Inputs]
+    run: Callable[..., Any]
+    sequential: Callable[[Inputs], tuple[Tensor, ...]] | None
+
+
+def _randn(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
+
+
+def _packing(row: Row, generator: torch.Generator) -> Inputs:
+    B, T, device = row["B"], row["T"], generator.device
+    found: Inputs = {}
+    if row["packing"] == "seq_idx":
+        # Numbers that repeat later and do not rise: only a change from token to token counts.
+        new = torch.rand(B, T, generator=generator, device=device) < 0.05
+        found["seq_idx"] = new.cumsum(1).remainder(3).to(torch.int32)
+    elif row["packing"] == "cu_seqlens":
+        # One document is empty: its state passes through.
+        cuts = torch.randint(0, T + 1, (min(T, 5),), generator=generator, device=device)
+        ends = torch.tensor([0, T], device=device)
+        found["cu_seqlens"] = torch.cat([ends, cuts, cuts[:1]]).sort().values.to(torch.int32)
+    if row["mask"]:
+        found["mask"] = torch.rand(B, T, generator=generator, device=device) < 0.8
+    return found
+
+
+def _states(
+    row: Row, packing: Inputs, shape: tuple[int, ...], generator: torch.Generator
+) -> Inputs:
+    if not row["initial_state"]:
+        return {}
+    cu_seqlens = packing.get("cu_seqlens")
+    count = row["B"] if cu_seqlens is None else cu_seqlens.numel() - 1
+    return {"initial_state": _randn(generator, count, *shape)}
+
+
+def _draw_ssd(row: Row, generator: torch.Generator) -> Inputs:
+    B, T, G, N, P = (row[k] for k in "BTGNP")
+    H = {1: 3, 2: 4, 8: 8}[G]
+    randn = functools.partial(_randn, generator)
+    packing = _packing(row, generator)
+    inputs = {
+        "x": randn(B, T, H, P),
+        "dt": randn(B, T, H) - 2,
+        "A": -torch.exp(randn(H)),
+        "B": randn(B, T, G, N),
+        "C": randn(B, T, G, N),
+        "dt_bias": randn(H),
+        "D": randn(H),
+    }
+    if row["extras"]:
+        inputs |= {"D": randn(H, P), "z": randn(B, T, H, P)}
+    return {**inputs, **_states(row, packing, (H, P, N), generator), **packing}
+
+
+def _draw_selective_scan(row: Row, generator: torch.Generator) -> Inputs:
+    B, T, N = (row[k] for k in "BTN")
+    channels = row["P"] + row["G"]  # not a multiple of any block
+    randn = functools.partial(_randn, generator)
+    packing = _packing(row, generator)
+    inputs = {
+        "x": randn(B, T, channels),
+        "dt": randn(B, T, channels) - 2,
+        "A": -torch.exp(randn(channels, N)),
+        "B": randn(B, T, N),
+        "C": randn(B, T, N),
+        "dt_bias": randn(channels),
+    }
+    if row["extras"]:
+        inputs |= {"D": randn(channels), "z": randn(B, T, channels)}
+    return {**inputs, **_states(row, packing, (channels, N), generator), **packing}
+
+
+def _draw_conv(row: Row, generator: torch.Generator) -> Inputs:
+    taps, channels = {16: 4, 64: 2, 128: 3, 256: 4}[row["N"]], row["P"] * row["G"] + 8
+    packing = _packing(row, generator)
+    inputs = {
+        "x": _randn(generator, row["B"], row["T"], channels),
+        "weight": _randn(generator, channels, taps),
+    }
+    if row["extras"]:
+        inputs["bias"] = _randn(generator, channels)
+    return {**inputs, **_states(row, packing, (taps - 1, channels), generator), **packing}
+
+
+def _draw_norm(row: Row, generator: torch.Generator) -> Inputs:
+    shape = (row["B"], row["T"], row["G"] * row["P"])
+    inputs = {"x": _randn(generator, *shape), "weight": _randn(generator, shape[-1])}
+    if row["extras"]:
+        inputs["gate"] = _randn(generator, *shape)
+    return inputs
+
+
+def _finish(y: Tensor, inputs: Inputs) -> Tensor:
+    D, z, mask, x = inputs.get("D"), inputs.get("z"), inputs.get("mask"), inputs["x"]
+    if D is not None:
+        y = y + (D if D.ndim == x.ndim - 2 else D[:, None]) * x
+    if z is not None:
+        y = y * F.silu(z)
+    return y if mask is None else y * mask.reshape(*mask.shape, *(1,) * (y.ndim - 2))
+
+
+def _scan(recurrent: Callable[..., tuple[Tensor, Tensor]], inputs: Inputs) -> tuple[Tensor, ...]:
+    """D, gate, step size and packing of both scans around the recurrence of one."""
+    x, mask = inputs["x"], inputs.get("mask")
+    delta = step_size(inputs["dt"], inputs.get("dt_bias"), True, (0.0, float("inf")), mask)
+    doc = document_numbers(inputs["seq_idx"], mask) if "seq_idx" in inputs else None
+    state = inputs.get("initial_state")
+    if state is None:
+        state = x.new_zeros(x.shape[0], *x.shape[2:], inputs["B"].shape[-1])
+    y, state = recurrent(x, delta, inputs["A"], inputs["B"], inputs["C"], state, doc)
+    return _finish(y, inputs), state
+
+
+def _conv(inputs: Inputs) -> tuple[Tensor, ...]:
+    mask = inputs.get("mask")
+    doc = document_numbers(inputs["seq_idx"], mask) if "seq_idx" in inputs else None
+    weight, bias, state = inputs["weight"], inputs.get("bias"), inputs.get("initial_state")
+    return causal_conv1d_recurrent(inputs["x"], weight, bias, "silu", state, doc, mask)
+
+
+def _per_document(
+    sequential: Callable[[Inputs], tuple[Tensor, ...]], inputs: Inputs
+) -> tuple[Tensor, ...]:
+    """Documents of `cu_seqlens` one after another, each with its own state."""
+    cu_seqlens = inputs["cu_seqlens"].tolist()
+    length, pieces, states = inputs["x"].shape[1], [], []
+    for number, (start, end) in enumerate(pairwise(cu_seqlens)):
+        part = {
+            name: value[:, start:end] if value.ndim > 1 and value.shape[1] == length else value
+            for name, value in inputs.items()
+            if name not in ("cu_seqlens", "initial_state", *_WEIGHTS)
+        }
+        part |= {name: inputs[name] for name in _WEIGHTS if name in inputs}
+        if "initial_state" in inputs:
+            part["initial_state"] = inputs["initial_state"][number : number + 1]
+        if start == end:
+            states.append(part.get("initial_state"))
+            continue
+        y, state = sequential(part)
+        pieces.append(y)
+        states.append(state)
+    empty = torch.zeros_like(next(s for s in states if s is not None))
+    return torch.cat(pieces, dim=1), torch.cat([empty if s is None else s for s in states])
+
+
+_WEIGHTS = ("A", "D", "dt_bias", "weight", "bias")
+
+OPERATORS = {
+    "ssd": Operator(
+        _draw_ssd,
+        functools.partial(ssd, dt_softplus=True, return_final_state=True),
+        functools.partial(_scan, ssd_recurrent),
+    ),
+    "selective_scan": Operator(
+        _draw_selective_scan,
+        functools.partial(selective_scan, dt_softplus=True, return_final_state=True),
+        functools.partial(_scan, selective_scan_recurrent),
+    ),
+    "causal_conv1d": Operator(
+        _draw_conv,
+        functools.partial(causal_conv1d, activation="silu", return_final_state=True),
+        _conv,
+    ),
+    "rms_norm": Operator(_draw_norm, functools.partial(rms_norm, eps=1e-5), None),
+}
+
+
+def draw(operator: str, row: Row, device: torch.device, seed: int = 0) -> Inputs:
+    """Inputs of one row in its dtype, whose values fp64 copies can hold exactly."""
+    generator = torch.Generator(device).manual_seed(seed)
+    dtype = getattr(torch, row["dtype"])
+    inputs = OPERATORS[operator].draw(row, generator)
+    for name, value in inputs.items():
+        if name not in PACKING:
+            wide = name in FP32_INPUTS and operator != "causal_conv1d"
+            inputs[name] = value.to(torch.float32 if wide else dtype)
+    return inputs
+
+
+def evaluate(
+    run: Callable[[Inputs], Any],
+    inputs: Inputs,
+    cotangents: list[Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Outputs and all gradients by name, and the output gradients that were used."""
+    leaves = {
+        name: (v.to(dtype) if dtype else v).detach().requires_grad_()
+        for name, v in inputs.items()
+        if name not in PACKING
+    }
+    result = run({**inputs, **leaves})
+    outputs = list(result) if isinstance(result, tuple) else [result]
+    if cotangents is None:
+        generator = torch.Generator(outputs[0].device).manual_seed(1)
+        cotangents = [_randn(generator, *y.shape).to(y.dtype) for y in outputs]
+    used = [c.to(y.dtype) for c, y in zip(cotangents, outputs, strict=True)]
+    made = torch.autograd.grad(outputs, list(leaves.values()), used, allow_unused=True)
+    named = {"y": outputs[0], **({"state": outputs[1]} if len(outputs) > 1 else {})}
+    for (name, leaf), gradient in zip(leaves.items(), made, strict=True):
+        named[f"d{name}"] = torch.zeros_like(leaf) if gradient is None else gradient
+    return {name: value.detach() for name, value in named.items()}, cotangents
+
+
+def expect(operator: str, row: Row, inputs: Inputs, cotangents: list[Tensor]) -> dict[str, Tensor]:
+    """fp64 outputs and gradients: token by token for short rows, else by the chunked torch path."""
+    op = OPERATORS[operator]
+    if op.sequential is None or row["T"] > SEQUENTIAL_UP_TO:
+        run = functools.partial(call, op.run, impl="reference")
+        return evaluate(run, inputs, cotangents, torch.float64)[0]
+    run = op.sequential
+    if "cu_seqlens" in inputs:
+        run = functools.partial(_per_document, op.sequential)
+        return evaluate(run, inputs, cotangents, torch.float64)[0]
+    # Row by row: a thousand steps of all rows would keep tens of gigabytes for their gradients.
+    total: dict[str, Tensor] = {}
+    parts: dict[str, list[Tensor]] = {}
+    for b in range(row["B"]):
+        one = {n: v if n in _WEIGHTS else v[b : b + 1] for n, v in inputs.items()}
+        values, _ = evaluate(run, one, [c[b : b + 1] for c in cotangents], torch.float64)
+        for name, value in values.items():
+            if name.removeprefix("d") in _WEIGHTS:
+                total[name] = total[name] + value if name in total else value
+            else:
+                parts.setdefault(name, []).append(value)
+    return {**{name: torch.cat(values) for name, values in parts.items()}, **total}
+
+
+def call(op: Callable[..., Any], inputs: Inputs, impl: str) -> Any:
+    return op(**inputs, impl=impl)
+
+
+def _rounded_again(value: Tensor, generator: torch.Generator) -> Tensor:
+    """Every entry changed as rounding to bf16 does, at random.
+
+    Units in the last place lie between 2^-8 and 2^-7 of the value; 0.72 * 2^-7 is their root mean
+    square where the logarithm of the value is spread evenly.
+    """
+    noise = torch.rand(value.shape, generator=generator, device=value.device) - 0.5
+    return value.double() * (1 + 0.72 * 2.0**-7 * noise)
+
+
+def check(
+    operator: str, row: Row, device: torch.device, impl: str = "triton"
+) -> dict[str, dict[str, float]]:
+    """Error of `impl` and its bound, for every output and gradient; repeated runs are equal.
+
+    Raises:
+        AssertionError: two runs on the same inputs differ in a bit.
+    """
+    op = OPERATORS[operator]
+    inputs = draw(operator, row, device)
+    kernel = functools.partial(call, op.run, impl=impl)
+    torch_path = functools.partial(call, op.run, impl="reference")
+    got, cotangents = evaluate(kernel, inputs)
+    again, _ = evaluate(kernel, inputs, cotangents)
+    for name, value in got.items():
+        assert torch.equal(value, again[name]), f"{name} differs between two equal runs"
+    expected = expect(operator, row, inputs, cotangents)
+    reference, _ = evaluate(torch_path, inputs, cotangents)
+    moved: dict[str, Tensor] = {}
+    if row["dtype"] == "bfloat16":
+        generator = torch.Generator(device).manual_seed(2)
+        noisy = {n: v if n in PACKING else _rounded_again(v, generator) for n, v in inputs.items()}
+        noisy_cotangents = [_rounded_again(c, generator) for c in cotangents]
+        moved, _ = evaluate(torch_path, noisy, noisy_cotangents, torch.float64)
+    found = {}
+    for name, value in got.items():
+        assert value.dtype == reference[name].dtype, f"{name} is {value.dtype}"
+        theirs = relative_error(reference[name], expected[name])
+        if row["dtype"] == "float32":
+            bound = max(1e-5, 2 * theirs)
+        elif value.dtype == torch.float32:
+            bound = 2 * max(theirs, relative_error(moved[name], expected[name]))
+        else:
+            bound = 2 * theirs
+        error = relative_error(value, expected[name])
+        found[name] = {"error": error, "torch": theirs, "bound": bound}
+    return found
+
+
+def name_of(row: Row) -> str:
+    flags = [k for k in ("mask", "initial_state", "extras") if row[k]]
+    sizes = [f"{k}{row[k]}" for k in "BTGNP"]
+    return "-".join([*sizes, row["dtype"], row["packing"], *flags])
+
+
+def _part(args: argparse.Namespace, part: int) -> None:
+    """Check every `processes`-th row and print one JSON line each."""
+    jobs = [(o, r) for r in [*ROWS, LONG] for o in OPERATORS if args.only in ("", o)]
+    device = torch.device("cuda")
+    for operator, row in jobs[part :: args.processes]:
+        began = time.perf_counter()
+        result: dict[str, Any] = {"operator": operator, "row": row}
+        try:
+            result["values"] = check(operator, row, device)
+        except (AssertionError, RuntimeError) as error:
+            result["failure"] = f"{type(error).__name__}: {str(error)[:300]}"
+        result["seconds"] = round(time.perf_counter() - began, 1)
+        print(json.dumps(result), flush=True)
+        torch.cuda.empty_cache()
+
+
+def main() -> None:
+    from benchmarks import common
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="")
+    parser.add_argument("--processes", type=int, default=16)
+    parser.add_argument("--output", type=Path, default=common.RESULTS / "correctness.jsonl")
+    parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.part is not None:
+        _part(args, args.part)
+        return
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.ops.grid", *sys.argv[1:], "--part", str(part)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for part in range(args.processes)
+    ]
+    lines = [line for child in children for line in child.communicate()[0].splitlines()]
+    results = [json.loads(line) for line in lines]
+    for operator in OPERATORS:
+        mine = [r for r in results if r["operator"] == operator]
+        if not mine:
+            continue
+        worst = {"float32": 0.0, "bfloat16": 0.0}
+        failures = [f"{name_of(r['row'])}: {r['failure']}" for r in mine if "failure" in r]
+        for r in mine:
+            for name, v in r.get("values", {}).items():
+                ratio = v["error"] / v["bound"] if v["bound"] else float(v["error"] > 0)
+                worst[r["row"]["dtype"]] = max(worst[r["row"]["dtype"]], ratio)
+                if v["error"] > v["bound"]:
+                    bad = f"{name} {v['error']:.2e} > {v['bound']:.2e}"
+                    failures.append(f"{name_of(r['row'])}: {bad}")
+        summary = {
+            "rows": len(mine),
+            "failures": failures,
+            "largest_error_over_bound": {k: round(v, 3) for k, v in worst.items()},
+            "largest_fp32_error": max(
+                (v["error"] for r in mine if r["row"]["dtype"] == "float32"
+                 for v in r.get("values", {}).values()), default=0.0,
+            ),
+        }  # fmt: skip
+        common.append(args.output, common.record("correctness", operator, "ssm_hf", summary))
+        print(f"{operator}: {len(mine)} rows, {len(failures)} failures, error/bound {worst}")
+        print(*(f"  {f}" for f in failures[:40]), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
