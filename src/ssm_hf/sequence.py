@@ -9,11 +9,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ssm_hf.ops.packing import check_cu_seqlens, document_numbers, previous_real
+from ssm_hf.ops.packing import (
+    check_cu_seqlens,
+    check_later,
+    document_numbers,
+    host_may_read,
+    previous_real,
+)
 
 
 class SequenceInfo(NamedTuple):
     """What mixers need to know beside the hidden states; a field is None where it says nothing.
+
+    Where the host may not read values (training on a GPU, tracing), a mask of ones and the numbers
+    of a single document stay: they change no result, and cost less than waiting would.
 
     Attributes:
         mask: (B, T) bool, True at real tokens; None when there is no padding.
@@ -82,8 +91,7 @@ class SequenceInfo(NamedTuple):
                     f"seq_idx must be an integer tensor of shape {(batch, length)}, "
                     f"got {seq_idx.dtype} of shape {tuple(seq_idx.shape)}"
                 )
-            if bool((seq_idx < 0).any()):
-                mask = seq_idx >= 0 if mask is None else mask & (seq_idx >= 0)
+            mask = _unless_full(seq_idx >= 0 if mask is None else mask & (seq_idx >= 0))
         offsets = _offsets(
             cu_seqlens, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, batch, length
         )
@@ -114,14 +122,18 @@ def _padding_mask(
             + (f" or {(batch, past_length + length)}, cache included" if past_length else "")
             + f", got {shape}"
         )
-    mask = attention_mask[:, -length:].bool()
-    return None if bool(mask.all()) else mask
+    return _unless_full(attention_mask[:, -length:].bool())
+
+
+def _unless_full(mask: Tensor) -> Tensor | None:
+    return None if host_may_read(mask) and bool(mask.all()) else mask
 
 
 def _restarts(position_ids: Tensor, mask: Tensor | None) -> Tensor:
     """True (B, T) at real tokens whose position does not exceed that of the real token before."""
     if mask is None:
-        mask = torch.ones_like(position_ids, dtype=torch.bool)
+        restarts = position_ids[:, 1:] <= position_ids[:, :-1]
+        return torch.nn.functional.pad(restarts, (1, 0))
     previous = previous_real(mask)
     before = position_ids.gather(1, previous.clamp(min=0))
     return mask & (previous >= 0) & (position_ids <= before)
@@ -147,27 +159,31 @@ def _offsets(
         if value is not None
     }
     longest = {
-        name: int(value)
+        name: value
         for name, value in (("max_length_q", max_length_q), ("max_length_k", max_length_k))
         if value is not None
     }
     if not given:
         for name, value in longest.items():
-            if value < length:
+            if _fails(value >= length, f"{name} is given without offsets"):
                 raise ValueError(
-                    f"{name}={value} says that rows of {length} tokens hold several documents, but "
-                    "no cu_seqlens, cu_seq_lens_q or cu_seq_lens_k says where they start"
+                    f"{name}={int(value)} says that rows of {length} tokens hold several "
+                    "documents, but no cu_seqlens, cu_seq_lens_q or cu_seq_lens_k says where they "
+                    "start"
                 )
         return None
     (first, offsets), *others = given.items()
     for name, other in others:
-        if other.shape != offsets.shape or not bool((other == offsets).all()):
-            raise ValueError(f"{name} and {first} disagree: {other} != {offsets}")
+        what = f"{name} and {first} disagree"
+        if other.shape != offsets.shape or _fails((other == offsets).all(), what):
+            raise ValueError(f"{what}: {other} != {offsets}")
     check_cu_seqlens(offsets, batch, length)
-    actual = int(offsets.diff().max())
     for name, value in longest.items():
-        if value < actual:
-            raise ValueError(f"{name}={value}, but {first} holds a document of {actual} tokens")
+        actual = offsets.diff().max()
+        if _fails(actual <= value, f"{name} is less than the longest document of {first}"):
+            raise ValueError(
+                f"{name}={int(value)}, but {first} holds a document of {int(actual)} tokens"
+            )
     return offsets
 
 
@@ -177,12 +193,21 @@ def _agreed(documents: dict[str, Tensor]) -> Tensor | None:
         return None
     (first, doc), *others = documents.items()
     for name, other in others:
-        differs = doc != other
-        if bool(differs.any()):
-            row, token = (int(i) for i in differs.nonzero()[0])
+        what = f"{first} and {name} disagree about document boundaries"
+        if _fails((doc == other).all(), what):
+            row, token = (int(i) for i in (doc != other).nonzero()[0])
             raise ValueError(
-                f"{first} and {name} disagree about document boundaries: row {row}, token {token} "
-                f"lies in document {int(doc[row, token])} by {first}, "
-                f"{int(other[row, token])} by {name}"
+                f"{what}: row {row}, token {token} lies in document {int(doc[row, token])} by "
+                f"{first}, {int(other[row, token])} by {name}"
             )
-    return doc if bool((doc[:, -1] > 0).any()) else None
+    return None if host_may_read(doc) and not bool((doc[:, -1] > 0).any()) else doc
+
+
+def _fails(holds: Tensor | bool, what: str) -> bool:
+    """Whether a condition is seen not to hold; where the host may not look, the device will."""
+    if isinstance(holds, bool):
+        return not holds
+    if host_may_read(holds):
+        return not bool(holds)
+    check_later(holds, what)
+    return False

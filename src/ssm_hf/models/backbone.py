@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers import initialization as init
@@ -19,7 +20,7 @@ from ssm_hf.cache import RecurrentCache
 from ssm_hf.layers.mixer import Mixer, reset_linear
 from ssm_hf.layers.norm import RMSNorm
 from ssm_hf.models.checkpoint import check_checkpoint
-from ssm_hf.ops.packing import previous_real
+from ssm_hf.ops.packing import check_later, document_starts, next_real
 from ssm_hf.sequence import SequenceInfo
 
 IGNORED = -100
@@ -172,10 +173,8 @@ def _check_ids(ids: Tensor, name: str, size: int, ignored: int | None = None) ->
             raise ValueError(
                 f"{name} must lie in [0, {size}), the vocabulary, got {int(ids[wrong][0])}"
             )
-    elif ids.device.type == "cuda":
-        torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
-            ~wrong.any(), f"{name} must lie in [0, {size}), the vocabulary"
-        )
+    else:
+        check_later(~wrong.any(), f"{name} must lie in [0, {size}), the vocabulary")
 
 
 class BackboneMixin:
@@ -298,20 +297,17 @@ def shift_labels(labels: Tensor, seq: SequenceInfo) -> Tensor:
     The first token of a document has nothing to be predicted from; pads are no targets and stand
     between no neighbours, so padding and packing leave the loss unchanged.
     """
-    batch, length = labels.shape
-    targets = labels.new_full((batch, length), IGNORED)
     if seq.mask is None:
-        targets[:, :-1] = labels[:, 1:]
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         if seq.seq_idx is not None:
-            targets[:, :-1].masked_fill_(seq.seq_idx[:, 1:] != seq.seq_idx[:, :-1], IGNORED)
+            targets = targets.masked_fill(document_starts(seq.seq_idx).roll(-1, 1), IGNORED)
         return targets
-    previous = previous_real(seq.mask)
-    predicted = seq.mask & (previous >= 0)
+    following = next_real(seq.mask)
+    at = following.clamp(max=labels.shape[1] - 1)
+    predicts = seq.mask & (following < labels.shape[1])
     if seq.seq_idx is not None:
-        predicted &= seq.seq_idx == seq.seq_idx.gather(1, previous.clamp(min=0))
-    rows, columns = predicted.nonzero(as_tuple=True)
-    targets[rows, previous[rows, columns]] = labels[rows, columns]
-    return targets
+        predicts &= seq.seq_idx == seq.seq_idx.gather(1, at)
+    return labels.gather(1, at).masked_fill(~predicts, IGNORED)
 
 
 def hold_at_pads(hidden: Tensor, seq: SequenceInfo) -> Tensor:
@@ -527,10 +523,6 @@ def _check_targets(targets: Tensor) -> None:
         return
     some = (targets != IGNORED).any()
     message = "labels: every target is ignored (-100), so the loss would be 0/0"
-    if targets.device.type == "cpu":
-        if not bool(some):
-            raise ValueError(message)
-    elif targets.device.type == "cuda":
-        torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
-            some, message
-        )
+    if targets.device.type == "cpu" and not bool(some):
+        raise ValueError(message)
+    check_later(some, message)

@@ -47,6 +47,29 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return dtype
 
 
+def host_may_read(values: Tensor) -> bool:
+    """Whether the host may look at values and choose by them what to run.
+
+    On a CPU that costs nothing. On a GPU the host would wait for everything launched before: a
+    training step does not, it keeps masks of ones and leaves checks to the device (`check_later`);
+    inference may wait once a call. What is being traced or captured has no values yet.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if values.device.type == "cpu":
+        return True
+    return not (torch.is_grad_enabled() or torch.cuda.is_current_stream_capturing())
+
+
+def check_later(holds: Tensor, message: str) -> None:
+    """Stop the program with `message` where `holds` () is False, without making the host wait.
+
+    What is traced goes unchecked, and so does a device that has no such assertion.
+    """
+    if not torch.compiler.is_compiling() and holds.device.type == "cuda":
+        torch._assert_async(holds, message)  # pyright: ignore[reportPrivateImportUsage]
+
+
 def check_packing(
     batch: int,
     length: int,
@@ -96,6 +119,11 @@ def check_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int) -> None:
             "cu_seqlens must be a 1-D integer tensor of at least 2 offsets, "
             f"got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
         )
+    if not host_may_read(cu_seqlens):
+        ends = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == length)
+        rising = (cu_seqlens.diff() >= 0).all()
+        check_later(ends & rising, f"cu_seqlens must rise from 0 to the row's length {length}")
+        return
     offsets = cu_seqlens.tolist()
     if offsets[0] != 0 or offsets[-1] != length or sorted(offsets) != offsets:
         raise ValueError(
@@ -109,6 +137,11 @@ def previous_real(mask: Tensor) -> Tensor:
     position = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
     last = torch.where(mask, position, -1).cummax(dim=1).values
     return torch.nn.functional.pad(last[:, :-1], (1, 0), value=-1)
+
+
+def next_real(mask: Tensor) -> Tensor:
+    """Index (B, T) of the first real token strictly after each position; T where there is none."""
+    return mask.shape[1] - 1 - previous_real(mask.flip(1)).flip(1)
 
 
 def document_numbers(seq_idx: Tensor, mask: Tensor | None) -> Tensor:

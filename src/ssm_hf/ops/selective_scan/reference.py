@@ -102,7 +102,12 @@ class _BlockScan(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         xt, dtt, A, Bt, Ct, startst, *entering = ctx.saved_tensors
         dyt = dy.transpose(0, 1).contiguous()
-        dx, ddt, dB, dC = (torch.empty_like(v) for v in (xt, dtt, Bt, Ct))
+        # Batch first in memory, as autograd's next operators expect their gradients.
+        dx, ddt, dB, dC = (
+            torch.empty_like(v.transpose(0, 1), memory_format=torch.contiguous_format)
+            for v in (xt, dtt, Bt, Ct)
+        )
+        dx, ddt, dB, dC = (v.transpose(0, 1) for v in (dx, ddt, dB, dC))
         dA = torch.zeros_like(A)
         for i in reversed(range(len(entering))):
             part = slice(i * ctx.block, (i + 1) * ctx.block)
