@@ -8,12 +8,13 @@ from ssm_hf.ops.dispatch import (
     print_implementations,
 )
 from ssm_hf.ops.linear_scan import linear_scan
-from ssm_hf.ops.rms_norm import rms_norm
+from ssm_hf.ops.rms_norm import add_rms_norm, rms_norm
 from ssm_hf.ops.selective_scan import selective_scan
 from ssm_hf.ops.ssd import ssd
 
 __all__ = [
     "ImplementationUnavailableError",
+    "add_rms_norm",
     "causal_conv1d",
     "implementation",
     "implementations",

@@ -16,7 +16,16 @@ import torch
 
 Impl = Literal["auto", "reference", "triton"]
 _CHOICES: tuple[Impl, ...] = get_args(Impl)
-OPERATORS = ("causal_conv1d", "linear_scan", "rms_norm", "selective_scan", "ssd")
+OPERATORS = (
+    "add_rms_norm",
+    "causal_conv1d",
+    "linear_cross_entropy",
+    "linear_scan",
+    "norm_linear",
+    "rms_norm",
+    "selective_scan",
+    "ssd",
+)
 
 logger = logging.getLogger("ssm_hf")
 _forced: list[Impl] = []
@@ -103,6 +112,14 @@ def pick(
         _told.add(op)
         logger.warning("%s runs its torch path on %s: %s", op, device.type, reason)
     return reference
+
+
+def runs_kernels(op: str, device: torch.device) -> bool:
+    """Whether `impl="auto"` takes the Triton kernel of `op` on `device`."""
+    wanted = _wanted("auto")
+    if wanted == "reference" or (wanted == "auto" and device.type != "cuda"):
+        return False
+    return why_not_triton(op, device) is None
 
 
 @contextmanager

@@ -15,6 +15,8 @@ TUNED: dict[str, dict[str, dict[str, dict[str, int]]]] = json.loads(
     files("ssm_hf.ops").joinpath("tuned.json").read_text()
 )
 
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
 
 @functools.cache
 def architecture(device: torch.device) -> str:
@@ -49,6 +51,27 @@ def tuned(kernel: str, size: str, device: torch.device) -> dict[str, int]:
     options = by_size.get(size) or by_size.get("default") or by_architecture["default"]["default"]
     # Triton's default for fused multiply-adds changes between its versions; ours does not.
     return {**options, "enable_fp_fusion": True}
+
+
+def common_unit(*strides: int) -> int:
+    """Largest power of two up to 16 that divides all strides (0 counts as divisible).
+
+    Triton sees only whether a stride is divisible by 16, and loads element by element where it is
+    not. A kernel that takes strides in this unit and multiplies by it (a constexpr) loads rows of a
+    wide projection in vectors of that many elements.
+    """
+    unit = 16
+    while any(stride % unit for stride in strides):
+        unit //= 2
+    return unit
+
+
+def unsupported_dtypes(*tensors: Tensor | None) -> str | None:
+    """Why the kernels cannot take tensors of these dtypes; None when they can."""
+    for t in tensors:
+        if t is not None and t.dtype not in KERNEL_DTYPES:
+            return f"kernels take float32, float16 and bfloat16, got {t.dtype}"
+    return None
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:

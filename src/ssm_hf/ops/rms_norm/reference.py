@@ -42,13 +42,14 @@ class _RMSNorm(torch.autograd.Function):
         eps: float,
         group_size: int,
         norm_before_gate: bool,
+        dtype: torch.dtype,
     ) -> Tensor:
         y, scale = _normed(x, weight, eps, gate, group_size, norm_before_gate)
         # (..., groups, 1), also where there is one group
         scale = scale if scale.ndim > x.ndim else scale.unsqueeze(-2)
         ctx.save_for_backward(x, weight, gate, scale)
         ctx.group_size, ctx.norm_before_gate = group_size, norm_before_gate
-        return y.to(x.dtype)
+        return y.to(dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -75,7 +76,7 @@ class _RMSNorm(torch.autograd.Function):
         dgate = None
         if dact is not None and gate is not None:
             dgate = torch.ops.aten.silu_backward(dact, gate_wide).to(gate.dtype)
-        return dh.to(x.dtype), dweight, dgate, None, None, None
+        return dh.to(x.dtype), dweight, dgate, None, None, None, None
 
 
 def rms_norm_torch(
@@ -85,10 +86,20 @@ def rms_norm_torch(
     gate: Tensor | None,
     group_size: int | None,
     norm_before_gate: bool,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Statistics, gate and weight in fp32 (fp64 for fp64 inputs); see `_RMSNorm`."""
     size = x.shape[-1] if group_size is None else group_size
+    dtype = x.dtype if dtype is None else dtype
     wide_weight = weight.to(compute_dtype(x))
     if not torch.is_grad_enabled():
-        return _normed(x, wide_weight, eps, gate, size, norm_before_gate)[0].to(x.dtype)
-    return _RMSNorm.apply(x, wide_weight, gate, eps, size, norm_before_gate)  # pyright: ignore[reportReturnType]
+        return _normed(x, wide_weight, eps, gate, size, norm_before_gate)[0].to(dtype)
+    return _RMSNorm.apply(x, wide_weight, gate, eps, size, norm_before_gate, dtype)  # pyright: ignore[reportReturnType]
+
+
+def add_rms_norm_torch(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The sum is rounded to residual's dtype before it is normalised, as two operators would."""
+    total = x if residual is None else (x + residual).to(residual.dtype)
+    return rms_norm_torch(total, weight, eps, None, None, False, dtype), total
