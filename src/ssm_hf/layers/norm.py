@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from ssm_hf.ops import rms_norm
+from ssm_hf.ops import add_rms_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -43,3 +43,25 @@ class RMSNorm(nn.Module):
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class ResidualNorm(RMSNorm):
+    """Adds a sublayer's output to the residual stream and norms the sum, in one pass over both."""
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, update: Tensor, stream: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(..., size) each -> norm(stream + update) for the next sublayer, stream + update.
+
+        Without a stream the update is its beginning. The norm is returned in the dtype that the
+        next sublayer's linear layers compute in: autocast's, else the weight's.
+        """
+        device = update.device.type
+        cast = device != "meta" and torch.is_autocast_enabled(device)
+        return add_rms_norm(
+            update,
+            stream,
+            self.weight,
+            eps=self.eps,
+            dtype=torch.get_autocast_dtype(device) if cast else self.weight.dtype,
+        )

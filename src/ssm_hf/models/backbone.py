@@ -53,10 +53,16 @@ class SSMCausalLMOutput(CausalLMOutputWithPast):
         return self.past_key_values  # pyright: ignore[reportReturnType]
 
 
-def residual(x: Tensor, norm: nn.Module, sublayer: nn.Module, *args: Any) -> Tensor:
-    """x + sublayer(norm(x)); x keeps the stream's dtype, the sublayer runs in the norm's."""
-    weight: Tensor = norm.weight  # pyright: ignore[reportAssignmentType]
-    return x + sublayer(norm(x.to(weight.dtype)), *args)
+def residual(
+    update: Tensor, stream: Tensor | None, norm: nn.Module, sublayer: nn.Module, *args: Any
+) -> tuple[Tensor, Tensor]:
+    """One sublayer on the residual stream: x + sublayer(norm(x)) with x = stream + update.
+
+    The last addition is left to the next norm, which reads both anyway: returned are the
+    sublayer's output, the new update, and x, which keeps the stream's dtype.
+    """
+    normed, stream = norm(update, stream)
+    return sublayer(normed, *args), stream
 
 
 class SSMPreTrainedModel(PreTrainedModel):
@@ -261,12 +267,13 @@ class BackboneMixin:
         tokens = x.shape[1]
         if config.residual_in_fp32 and x.dtype != torch.float64:
             x = x.float()
-        outputs = []
+        outputs: list[Tensor] = []
+        update, stream = x, None
         for block in blocks:
-            x = block(x, sequence_info, past_key_values=past_key_values)
+            update, stream = block(update, stream, sequence_info, past_key_values=past_key_values)
             if output_hidden_states:
-                outputs.append(x)
-        x = final_norm(x)
+                outputs.append((stream + update).to(stream.dtype))
+        x, _ = final_norm(update, stream)
         if output_hidden_states:
             outputs.append(x)
         if past_key_values is not None:

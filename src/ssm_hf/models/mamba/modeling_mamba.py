@@ -9,7 +9,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ssm_hf.cache import RecurrentCache
 from ssm_hf.layers.linear import Linear
 from ssm_hf.layers.mamba1 import Mamba1Mixer
-from ssm_hf.layers.norm import RMSNorm
+from ssm_hf.layers.norm import ResidualNorm
 from ssm_hf.models.backbone import BackboneMixin, CausalLMMixin, SSMPreTrainedModel, residual
 from ssm_hf.models.mamba.configuration_mamba import MambaConfig
 from ssm_hf.sequence import SequenceInfo
@@ -20,7 +20,7 @@ class MambaBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: MambaConfig, layer_idx: int) -> None:
         super().__init__()
-        self.norm = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.norm = ResidualNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.mixer = Mamba1Mixer(
             hidden_size=config.hidden_size,
             inner_size=config.intermediate_size,
@@ -38,10 +38,14 @@ class MambaBlock(GradientCheckpointingLayer):
         )
 
     def forward(
-        self, x: Tensor, seq: SequenceInfo, past_key_values: RecurrentCache | None = None
-    ) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        return residual(x, self.norm, self.mixer, seq, past_key_values)
+        self,
+        update: Tensor,
+        stream: Tensor | None,
+        seq: SequenceInfo,
+        past_key_values: RecurrentCache | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(B, T, D) each, see `residual`."""
+        return residual(update, stream, self.norm, self.mixer, seq, past_key_values)
 
 
 class MambaPreTrainedModel(SSMPreTrainedModel):
@@ -60,7 +64,7 @@ class MambaModel(BackboneMixin, MambaPreTrainedModel):
         super().__init__(config)
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(MambaBlock(config, i) for i in range(config.num_hidden_layers))
-        self.norm_f = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.norm_f = ResidualNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.gradient_checkpointing = False
         self.post_init()
 

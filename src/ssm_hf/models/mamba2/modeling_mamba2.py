@@ -9,7 +9,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ssm_hf.cache import RecurrentCache
 from ssm_hf.layers.linear import Linear
 from ssm_hf.layers.mamba2 import Mamba2Mixer
-from ssm_hf.layers.norm import RMSNorm
+from ssm_hf.layers.norm import ResidualNorm
 from ssm_hf.models.backbone import BackboneMixin, CausalLMMixin, SSMPreTrainedModel, residual
 from ssm_hf.models.mamba2.configuration_mamba2 import Mamba2Config
 from ssm_hf.sequence import SequenceInfo
@@ -20,7 +20,7 @@ class Mamba2Block(GradientCheckpointingLayer):
 
     def __init__(self, config: Mamba2Config, layer_idx: int) -> None:
         super().__init__()
-        self.norm = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.norm = ResidualNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.mixer = Mamba2Mixer(
             hidden_size=config.hidden_size,
             inner_size=config.num_heads * config.head_dim,
@@ -43,10 +43,14 @@ class Mamba2Block(GradientCheckpointingLayer):
         )
 
     def forward(
-        self, x: Tensor, seq: SequenceInfo, past_key_values: RecurrentCache | None = None
-    ) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        return residual(x, self.norm, self.mixer, seq, past_key_values)
+        self,
+        update: Tensor,
+        stream: Tensor | None,
+        seq: SequenceInfo,
+        past_key_values: RecurrentCache | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(B, T, D) each, see `residual`."""
+        return residual(update, stream, self.norm, self.mixer, seq, past_key_values)
 
 
 class Mamba2PreTrainedModel(SSMPreTrainedModel):
@@ -65,7 +69,7 @@ class Mamba2Model(BackboneMixin, Mamba2PreTrainedModel):
         super().__init__(config)
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Mamba2Block(config, i) for i in range(config.num_hidden_layers))
-        self.norm_f = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.norm_f = ResidualNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.gradient_checkpointing = False
         self.post_init()
 
