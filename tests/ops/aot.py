@@ -1,10 +1,11 @@
 """Compiles every kernel to machine code for GPUs that this machine does not have.
 
-    python -m tests.ops.aot sm80 sm90 sm100 gfx942
+    python -m tests.ops.aot [--all] sm80 sm90 sm100 gfx942 [WORD]
 
 The operators are called as users call them, with tensors that nobody reads: launches compile with
 the tuned options of the architecture and do not run. Each `aot_cases()` of tests/ops/aot_cases/
-yields (name, call) pairs. Triton's interpreter must be off, so this is a process of its own.
+yields (name, call) pairs. Of every kernel the first launch is compiled, with `--all` every one; a
+WORD chooses cases by name. Triton's interpreter must be off, so this is a process of its own.
 """
 
 import importlib
@@ -45,8 +46,11 @@ class _NoGPU:
         raise AttributeError(f"no GPU: {name}")
 
 
-def compile_for(architecture: str, only: str = "") -> list[str]:
-    """Compile all cases for one architecture; return the names of the compiled kernels."""
+def compile_for(architecture: str, only: str = "", every: bool = False) -> list[str]:
+    """Compile the cases for one architecture; return the names of the compiled kernels.
+
+    Without `every`, a kernel that is compiled already is not compiled for other arguments.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
@@ -59,9 +63,13 @@ def compile_for(architecture: str, only: str = "") -> list[str]:
     launch.tuned.cache_clear()
     dispatch.why_not_triton = lambda op, device: None
     compiled: list[str] = []
+    launched: list[str] = []
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        launched.append(self.__name__)
+        if self.__name__ in compiled and not every:
+            return None
         # Grids that depend on the options are functions; a wrong one would fail on a GPU only.
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         assert kernel is not None, f"{self.__name__} did not compile"
@@ -79,9 +87,10 @@ def compile_for(architecture: str, only: str = "") -> list[str]:
             for name, call in cases():
                 if only and only not in f"{module.name}:{name}":
                     continue
-                before, began = len(compiled), time.perf_counter()
+                began, before = time.perf_counter(), len(compiled)
+                launched.clear()
                 call()
-                assert len(compiled) > before, f"{module.name}:{name} launched no kernel"
+                assert launched, f"{module.name}:{name} launched no kernel"
                 kernels = ", ".join(sorted(set(compiled[before:])))
                 seconds = time.perf_counter() - began
                 print(f"{architecture} {module.name}:{name} {seconds:.1f} s: {kernels}", flush=True)
@@ -92,10 +101,12 @@ def compile_for(architecture: str, only: str = "") -> list[str]:
 
 def main() -> None:
     assert os.environ.get("TRITON_INTERPRET", "0") != "1", "interpreted kernels cannot be compiled"
-    names = [a for a in sys.argv[1:] if a in TARGETS]
-    only = next((a for a in sys.argv[1:] if a not in TARGETS), "")
+    arguments = [a for a in sys.argv[1:] if a != "--all"]
+    names = [a for a in arguments if a in TARGETS]
+    only = next((a for a in arguments if a not in TARGETS), "")
     for name in names or TARGETS:
-        print(f"{name}: {len(compile_for(name, only))} launches compiled")
+        compiled = compile_for(name, only, every="--all" in sys.argv)
+        print(f"{name}: {len(compiled)} launches compiled")
 
 
 if __name__ == "__main__":
