@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ssm_hf import ops
+from ssm_hf.ops.ssd.step import mamba2_step
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Shape = dict[str, int]
@@ -167,6 +169,114 @@ def _draw_gated_norm(s: Shape, dtype: torch.dtype) -> Inputs:
     return {**_draw_norm(s, dtype), "gate": gate, "group_size": s["I"] // s.get("G", 1)}
 
 
+def _draw_add_norm(s: Shape, dtype: torch.dtype) -> Inputs:
+    residual = _normal(s["B"], s["T"], s["I"])
+    return {**_draw_norm(s, dtype), "residual": residual}
+
+
+def _add_norm_work(s: Shape, item: int, backward: bool) -> Work:
+    """x and the fp32 stream in, y and the stream out; two gradients in, two out."""
+    passes = 2 * (item + 4) + (item + 3 * 4 + item if backward else 0)
+    return Work(s["B"] * s["T"] * s["I"] * passes)
+
+
+def _draw_loss(s: Shape, dtype: torch.dtype) -> Inputs:
+    tokens = s["B"] * s["T"]
+    return {
+        "x": _normal(tokens, s["D"], dtype=dtype),
+        "weight": _normal(s["V"], s["D"], dtype=dtype, scale=s["D"] ** -0.5),
+        "labels": torch.randint(s["V"], (tokens,), device=DEVICE),
+    }
+
+
+def _loss_work(s: Shape, item: int, backward: bool) -> Work:
+    """One product of tokens, width and vocabulary; the gradients of both sides are one each."""
+    tokens = s["B"] * s["T"]
+    moved = (tokens + s["V"]) * s["D"] * item * (2 if backward else 1)
+    return Work(moved, 2 * tokens * s["D"] * s["V"] * (3 if backward else 1))
+
+
+def _draw_mixer(s: Shape, dtype: torch.dtype) -> Inputs:
+    H, P, N, G, K, width = (s[k] for k in "HPNGKD")
+    inner, channels = H * P, H * P + 2 * G * N
+    return {
+        "projected": _normal(s["B"], s["T"], inner + channels + H, dtype=dtype),
+        "conv_weight": _normal(channels, K, dtype=dtype, scale=0.5),
+        "conv_bias": _normal(channels, dtype=dtype, scale=0.1),
+        "A": -(1 + 15 * torch.rand(H, device=DEVICE)),
+        "D": torch.ones(H, device=DEVICE),
+        "dt_bias": _dt_bias(H),
+        "norm_weight": torch.ones(inner, device=DEVICE),
+        "out_weight": _normal(width, inner, dtype=dtype, scale=inner**-0.5),
+        "head_dim": P,
+    }
+
+
+def _mixer(inputs: Inputs, impl: str) -> Tensor:
+    """Convolution, scan, gated norm and out_proj, as the Mamba-2 layer calls them (one group)."""
+    projected, A = inputs["projected"], inputs["A"]
+    heads, head_dim = A.shape[0], inputs["head_dim"]
+    inner, channels = heads * head_dim, inputs["conv_weight"].shape[0]
+    z, mixed, dt = projected.split([inner, channels, heads], dim=-1)
+    mixed = ops.causal_conv1d(
+        mixed, inputs["conv_weight"], inputs["conv_bias"], activation="silu", impl=impl
+    )
+    states = (channels - inner) // 2
+    x, B, C = mixed.split([inner, states, states], dim=-1)
+    y = ops.ssd(
+        x.unflatten(-1, (heads, head_dim)), dt, A, B[:, :, None], C[:, :, None],
+        D=inputs["D"], dt_bias=inputs["dt_bias"], dt_softplus=True, impl=impl,
+    )  # fmt: skip
+    y = ops.rms_norm(y.flatten(2), inputs["norm_weight"], eps=1e-5, gate=z, impl=impl)
+    return F.linear(y, inputs["out_weight"])
+
+
+def _mixer_work(s: Shape, item: int, backward: bool) -> Work:
+    """Everything fused: the projection's output in, the layer's out, and the scan's products."""
+    inner, tokens = s["H"] * s["P"], s["B"] * s["T"]
+    proj, width = 2 * inner + 2 * s["G"] * s["N"] + s["H"], s["D"]
+    moved = tokens * (proj + width) * item
+    matmul = _ssd_work(s, item, backward).matmul
+    matmul += 2 * tokens * inner * width * (3 if backward else 1)
+    return Work(moved + (tokens * (2 * proj + width) * item if backward else 0), matmul)
+
+
+def _draw_update(s: Shape, dtype: torch.dtype) -> Inputs:
+    B, H, P, N, G = (s[k] for k in "BHPNG")
+    channels = H * P + 2 * G * N
+    return {
+        "proj": _normal(B, H * P + channels + H, dtype=dtype),
+        "state": _normal(B, H, P, N),
+        "A_log": torch.log(1 + 15 * torch.rand(H, device=DEVICE)),
+        "D": torch.ones(H, device=DEVICE),
+        "dt_bias": _dt_bias(H),
+        "n_groups": G,
+        "unused": {
+            "conv_state": torch.zeros(B, 3, channels, dtype=dtype, device=DEVICE),
+            "conv_weight": torch.zeros(channels, 4, dtype=dtype, device=DEVICE),
+            "tickets": torch.zeros(B, G, dtype=torch.int32, device=DEVICE),
+        },
+    }
+
+
+def _update(inputs: Inputs, impl: str) -> tuple[Tensor, Tensor]:
+    """One token's step size, recurrence, skip and gate; the state is written in place."""
+    unused, rows = inputs["unused"], inputs["state"].shape[0]
+    y = mamba2_step(
+        inputs["proj"], unused["conv_state"][:rows], inputs["state"], unused["tickets"][:rows],
+        conv_weight=unused["conv_weight"], conv_bias=None, dt_bias=inputs["dt_bias"],
+        A_log=inputs["A_log"], D=inputs["D"], n_groups=inputs["n_groups"], convolved=True,
+        impl=impl,
+    )  # fmt: skip
+    return y, inputs["state"]
+
+
+def _update_work(s: Shape, item: int, backward: bool) -> Work:
+    """The fp32 state in and out, and the inputs of one token."""
+    small = 3 * s["H"] * s["P"] + 2 * s["G"] * s["N"] + s["H"]
+    return Work(s["B"] * (2 * s["H"] * s["P"] * s["N"] * 4 + small * item))
+
+
 def _forward(op: Callable[..., Any], **options: Any) -> Callable[[Inputs, str], Any]:
     return lambda inputs, impl: op(**inputs, **options, impl=impl)
 
@@ -205,6 +315,29 @@ OPERATORS = {
         ("x", "gate"),
         ("x", "weight", "gate"),
     ),
+    "add_rms_norm": Operator(
+        _draw_add_norm,
+        _forward(ops.add_rms_norm, eps=1e-5),
+        _add_norm_work,
+        ("x", "residual"),
+        ("x", "weight", "residual"),
+    ),
+    "linear_cross_entropy": Operator(
+        _draw_loss,
+        lambda inputs, impl: ops.linear_cross_entropy(**inputs, impl=impl),
+        _loss_work,
+        # A mean over all tokens has no part that depends on a few of them alone.
+        (),
+        ("x", "weight"),
+    ),
+    "mixer": Operator(
+        _draw_mixer,
+        _mixer,
+        _mixer_work,
+        ("projected",),
+        ("projected", "conv_weight", "conv_bias", "A", "D", "dt_bias", "norm_weight", "out_weight"),
+    ),
+    "ssd_update": Operator(_draw_update, _update, _update_work, ("proj", "state"), ()),
 }
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -247,6 +380,12 @@ GRID: list[tuple[str, str, Shape, torch.dtype]] = [
     ("gated-norm-1536", "gated_rms_norm", {"B": 8, "T": 2048, "I": 1536}, BF16),
     ("gated-norm-5120", "gated_rms_norm", {"B": 8, "T": 2048, "I": 5120}, BF16),
     ("grid-gated-norm-g8", "gated_rms_norm", {"B": 2, "T": 4093, "I": 8192, "G": 8}, BF16),
+]
+GRID += [
+    ("add-norm-768", "add_rms_norm", {"B": 8, "T": 2048, "I": 768}, BF16),
+    ("add-norm-2560", "add_rms_norm", {"B": 8, "T": 2048, "I": 2560}, BF16),
+    ("loss-130m", "linear_cross_entropy", {"B": 8, "T": 2048, "D": 768, "V": 50288}, BF16),
+    ("loss-2.7b", "linear_cross_entropy", {"B": 4, "T": 2048, "D": 2560, "V": 50288}, BF16),
 ]
 # Time against length, one row.
 GRID += [

@@ -211,15 +211,19 @@ def _update_mamba() -> Run:
     _without_cuda_scan()
     from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 
-    def run(state, x, dt, A, B, C, D, dt_bias):
+    def run(proj, state, A_log, D, dt_bias, n_groups, unused):
         _, heads, head_dim, states = state.shape
+        inner, grouped = heads * head_dim, n_groups * states
+        z, x, B, C, dt = proj.split([inner, inner, grouped, grouped, heads], dim=-1)
+        x, z = (v.unflatten(-1, (heads, head_dim)) for v in (x, z))
+        B, C = (v.unflatten(-1, (n_groups, states)) for v in (B, C))
         # Strides of zero tell it that dt, A, D and dt_bias belong to a head, not to a channel.
-        return selective_state_update(
-            state, x, dt[..., None].expand(-1, -1, head_dim),
-            A[:, None, None].expand(heads, head_dim, states), B, C,
-            D=D[:, None].expand(heads, head_dim),
-            dt_bias=dt_bias[:, None].expand(heads, head_dim), dt_softplus=True,
-        )  # fmt: skip
+        A = -torch.exp(A_log)[:, None, None].expand(heads, head_dim, states)
+        dt, D, dt_bias = (v[..., None].expand(*v.shape, head_dim) for v in (dt, D, dt_bias))
+        y = selective_state_update(
+            state, x, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, dt_softplus=True
+        )
+        return y.flatten(1), state
 
     return run
 
