@@ -1,19 +1,21 @@
 """Mamba-2's scan (state-space duality)."""
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ssm_hf.ops.dispatch import pick
-from ssm_hf.ops.packing import (
-    check_packing,
-    compute_dtype,
-    document_numbers,
-    in_given_precision,
-    run_per_document,
-)
-from ssm_hf.ops.ssd.reference import ssd_chunked, ssd_recurrent, ssd_step
-from ssm_hf.ops.step_size import check_dt_limit, step_size
+from ssm_hf.ops.dispatch import HAS_TRITON, pick
+from ssm_hf.ops.packing import check_packing, in_given_precision
+from ssm_hf.ops.ssd.reference import ssd_recurrent, ssd_step, ssd_torch
+from ssm_hf.ops.step_size import check_dt_limit
+
+if HAS_TRITON:
+    from ssm_hf.ops.ssd.launch import ssd_triton, why_unsupported
+else:
+    ssd_triton = None
+
+    def why_unsupported(x: Tensor, *others: Tensor | None) -> str | None:
+        """Without kernels there is nothing that they could refuse."""
+        return None
+
 
 __all__ = ["ssd", "ssd_recurrent", "ssd_step"]
 
@@ -103,40 +105,29 @@ def ssd(
     check_packing(
         batch, length, initial_state, (heads, head_dim, states), seq_idx, cu_seqlens, mask
     )
-    scan = pick("ssd", impl, x.device, reference=ssd_chunked)
-
-    dtype = compute_dtype(x, dt, A, initial_state)
-    u, A_wide, B_wide, C_wide = (v.to(dtype) for v in (x, A, B, C))
-    delta = step_size(dt, dt_bias, dt_softplus, dt_limit, mask).to(dtype)
-
-    def _state(x: Tensor, initial_state: Tensor | None) -> Tensor:
-        if initial_state is None:
-            return x.new_zeros(x.shape[0], heads, head_dim, states)
-        return initial_state.to(dtype)
-
-    def run(
-        x: Tensor, dt: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None, mask: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        # Pads of the packed batch hold the state as masked tokens do.
-        state = _state(x, initial_state)
-        return scan(x, dt * mask[..., None], A_wide, B, C, state, None, chunk_size)
-
-    if cu_seqlens is not None:
-        sequences = {"x": u, "dt": delta, "B": B_wide, "C": C_wide}
-        y, state = run_per_document(run, sequences, cu_seqlens, initial_state, mask)
-    elif length == 1:
-        y, state = ssd_step(
-            u[:, 0], delta[:, 0], A_wide, B_wide[:, 0], C_wide[:, 0], _state(u, initial_state)
-        )
-        y = y[:, None]
-    else:
-        doc = None if seq_idx is None else document_numbers(seq_idx, mask)
-        y, state = scan(u, delta, A_wide, B_wide, C_wide, _state(u, initial_state), doc, chunk_size)
-    if D is not None:
-        y = torch.addcmul(y, D.to(dtype) if D.ndim == 2 else D.to(dtype)[:, None], u)
-    if z is not None:
-        y = y * F.silu(z.to(dtype))
-    if mask is not None:
-        y = y * mask[..., None, None]
-    y = y.to(x.dtype)
+    run = pick(
+        "ssd",
+        impl,
+        x.device,
+        reference=ssd_torch,
+        triton=ssd_triton,
+        unsupported=why_unsupported(x, dt, A, B, C, D, z, dt_bias, initial_state),
+    )
+    y, state = run(
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        z,
+        dt_bias,
+        dt_softplus,
+        dt_limit,
+        initial_state,
+        seq_idx,
+        cu_seqlens,
+        mask,
+        chunk_size,
+    )
     return (y, state) if return_final_state else y

@@ -1,6 +1,6 @@
 """Mamba-2's scan (state-space duality) in plain torch: the equations, a chunked path, one step.
 
-All functions take Δ ready made (see `step_size`) and leave D and the gate to the caller:
+`ssd_torch` is the whole operator. The functions below it take Δ ready made and know no D and gate:
 x (B, T, H, P), dt (B, T, H), A (H,), B, C (B, T, G, N), state (B, H, P, N); head h reads group
 h // (H / G).
 """
@@ -11,10 +11,71 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssm_hf.ops.packing import document_starts
+from ssm_hf.ops.packing import (
+    compute_dtype,
+    document_numbers,
+    document_starts,
+    run_per_document,
+)
+from ssm_hf.ops.step_size import step_size
 
 # Longer chunks cost more inside the chunk, shorter ones more between chunks; on CPUs 64 is best.
 LONGEST_CHUNK = 64
+
+
+def ssd_torch(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """y and the final state; arguments as `ssd` takes them."""
+    dtype = compute_dtype(x, dt, A, initial_state)
+    u, A_wide, B_wide, C_wide = (v.to(dtype) for v in (x, A, B, C))
+    delta = step_size(dt, dt_bias, dt_softplus, dt_limit, mask).to(dtype)
+    state_shape = (*x.shape[2:], B.shape[-1])
+
+    def entry(x: Tensor, initial_state: Tensor | None) -> Tensor:
+        if initial_state is None:
+            return x.new_zeros(x.shape[0], *state_shape)
+        return initial_state.to(dtype)
+
+    def run(
+        x: Tensor, dt: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        # Pads of the packed batch hold the state as masked tokens do.
+        state = entry(x, initial_state)
+        return ssd_chunked(x, dt * mask[..., None], A_wide, B, C, state, None, chunk_size)
+
+    if cu_seqlens is not None:
+        sequences = {"x": u, "dt": delta, "B": B_wide, "C": C_wide}
+        y, state = run_per_document(run, sequences, cu_seqlens, initial_state, mask)
+    elif x.shape[1] == 1:
+        state = entry(u, initial_state)
+        y, state = ssd_step(u[:, 0], delta[:, 0], A_wide, B_wide[:, 0], C_wide[:, 0], state)
+        y = y[:, None]
+    else:
+        doc = None if seq_idx is None else document_numbers(seq_idx, mask)
+        state = entry(u, initial_state)
+        y, state = ssd_chunked(u, delta, A_wide, B_wide, C_wide, state, doc, chunk_size)
+    if D is not None:
+        y = torch.addcmul(y, D.to(dtype) if D.ndim == 2 else D.to(dtype)[:, None], u)
+    if z is not None:
+        y = y * F.silu(z.to(dtype))
+    if mask is not None:
+        y = y * mask[..., None, None]
+    return y.to(x.dtype), state
 
 
 def ssd_recurrent(

@@ -1,0 +1,144 @@
+"""Triton kernels of Mamba-2's scan: gradients of one chunk, all chunks at once."""
+
+import triton
+import triton.language as tl
+
+from ssm_hf.ops.ssd.kernels import gated, place_of_chunk
+
+
+@triton.jit
+def ssd_bwd_kernel(
+    x_ptr, B_ptr, C_ptr, D_ptr, z_ptr, ungated_ptr, mask_ptr, dy_ptr, decay_ptr,
+    states_ptr, dstates_ptr, dx_ptr, dz_ptr, dB_ptr, dC_ptr, grad_ptr, dD_ptr,
+    cu_ptr, first_ptr, row_ptr,
+    x_sb, x_st, x_sh, B_sb, B_st, B_sg, C_sb, C_st, C_sg, z_sb, z_st, z_sh, mask_sb, mask_st,
+    dy_sb, dy_st, dy_sh, rows, length, heads, groups, states, head_dim, plane, part,
+    D_PER_CHANNEL: tl.constexpr, VARLEN: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, Q: tl.constexpr, HEADS: tl.constexpr, HEAD_BLOCKS: tl.constexpr,
+    BLOCK_P: tl.constexpr, P_BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a chunk, from the state that enters it and the gradient of the one that leaves.
+
+    One program for a chunk, a group and HEADS of its heads. dB and dC are summed over these heads
+    in registers; with HEAD_BLOCKS > 1 each block writes a part (HEAD_BLOCKS, B, T, G, N) of its
+    own. grad (3, chunks, H, Q) is what `ssd_decay_bwd_kernel` reads; dD is (chunks, H, P). Tiles of
+    pairs of tokens are [s, t], s <= t.
+    """
+    dot_type: tl.constexpr = tl.float32 if WIDE else x_ptr.dtype.element_ty
+    pid = tl.program_id(0)
+    block = pid % HEAD_BLOCKS
+    group = (pid // HEAD_BLOCKS) % groups
+    v = pid // (HEAD_BLOCKS * groups)
+    batch, token, end = place_of_chunk(v, rows, length, cu_ptr, first_ptr, row_ptr, VARLEN, Q)
+    v = v.to(tl.int64)
+    i = tl.arange(0, Q)
+    t = token + i
+    n = tl.arange(0, BLOCK_N)
+    in_row, n_in = t < end, n < states
+    n_mask = in_row[:, None] & n_in[None, :]
+    at_B = B_ptr + batch * B_sb + group * B_sg + token * B_st
+    B = tl.load(at_B + i[:, None] * B_st + n[None, :], mask=n_mask, other=0.0).to(dot_type)
+    at_C = C_ptr + batch * C_sb + group * C_sg + token * C_st
+    C = tl.load(at_C + i[:, None] * C_st + n[None, :], mask=n_mask, other=0.0).to(dot_type)
+    is_real = in_row
+    if mask_ptr is not None:
+        at_mask = mask_ptr + batch * mask_sb + t * mask_st
+        is_real = in_row & (tl.load(at_mask, mask=in_row, other=0) != 0)
+    BC = tl.dot(B, tl.trans(C), input_precision=PRECISION)
+    causal = i[:, None] <= i[None, :]
+    before = i[:, None] < i[None, :]
+    # States of empty chunks were never written.
+    in_state = n < tl.where(token < end, states, 0)
+
+    W_sum = tl.zeros((Q, Q), dtype=tl.float32)
+    dB = tl.zeros((Q, BLOCK_N), dtype=tl.float32)
+    dC = tl.zeros((Q, BLOCK_N), dtype=tl.float32)
+    size = head_dim * states
+    head_0 = group * (HEADS * HEAD_BLOCKS) + block * HEADS
+    for step in tl.range(0, HEADS, num_stages=STAGES):
+        head = head_0 + step
+        at = decay_ptr + (v * heads + head) * Q
+        hi, lo = tl.load(at + i), tl.load(at + plane + i)
+        delta = tl.load(at + 2 * plane + i)
+        hi_end, lo_end = tl.load(at + Q - 1), tl.load(at + plane + Q - 1)
+        exponent = (hi[None, :] - hi[:, None]) + (lo[None, :] - lo[:, None])
+        M = tl.exp2(tl.where(causal, exponent, float("-inf")))
+        scores = (BC * M).to(dot_type)
+        from_entry = tl.exp2(hi + lo)
+        to_exit = tl.exp2((hi_end - hi) + (lo_end - lo))
+        da = tl.zeros((Q,), dtype=tl.float32)
+        left = tl.zeros((Q,), dtype=tl.float32)
+        dscale = tl.zeros((Q,), dtype=tl.float32)
+        at_end = 0.0
+        for p_block in tl.static_range(P_BLOCKS):
+            p = p_block * BLOCK_P + tl.arange(0, BLOCK_P)
+            p_in = p < head_dim
+            p_mask = in_row[:, None] & p_in[None, :]
+            at_x = x_ptr + batch * x_sb + head * x_sh + token * x_st
+            x = tl.load(at_x + i[:, None] * x_st + p[None, :], mask=p_mask, other=0.0)
+            at_dy = dy_ptr + batch * dy_sb + head * dy_sh + token * dy_st
+            dy_mask = is_real[:, None] & p_in[None, :]
+            dy = tl.load(at_dy + i[:, None] * dy_st + p[None, :], mask=dy_mask, other=0.0)
+            tile = (v * heads + head) * size + p[:, None] * states + n[None, :]
+            in_tile = p_in[:, None] & in_state[None, :]
+            S = tl.load(states_ptr + tile, mask=in_tile, other=0.0)
+            dS = tl.load(dstates_ptr + tile, mask=in_tile, other=0.0)
+            at_y = ((batch * length + t) * heads + head)[:, None] * head_dim + p[None, :]
+            if z_ptr is not None:
+                at_z = z_ptr + batch * z_sb + head * z_sh + token * z_st
+                z = tl.load(at_z + i[:, None] * z_st + p[None, :], mask=p_mask, other=0.0)
+                z = z.to(tl.float32)
+                y = tl.load(ungated_ptr + at_y, mask=p_mask, other=0.0).to(tl.float32)
+                sigmoid = 1.0 / (1.0 + tl.exp(-z))
+                dz = dy.to(tl.float32) * y * sigmoid * (1.0 + z * (1.0 - sigmoid))
+                tl.store(dz_ptr + at_y, dz.to(dz_ptr.dtype.element_ty), mask=p_mask)
+                dy = gated(dy.to(tl.float32), z)
+            xd, dyd = x.to(dot_type), dy.to(dot_type)
+
+            # Inside the chunk
+            W = tl.dot(xd, tl.trans(dyd), input_precision=PRECISION)
+            W *= M * delta[:, None]
+            W_sum += W
+            # A token's effect on itself has no decay; with it, much would cancel below.
+            pairs = tl.where(before, W * BC, 0.0)
+            da += tl.sum(pairs, axis=0) - tl.sum(pairs, axis=1)
+            du = tl.dot(scores, dyd, input_precision=PRECISION)
+            # From the state that enters
+            dyS = tl.dot(dyd, S.to(dot_type), input_precision=PRECISION) * from_entry[:, None]
+            dC += dyS
+            da += tl.sum(C.to(tl.float32) * dyS, axis=1)
+            # To the state that leaves
+            BdS = tl.dot(B, tl.trans(dS.to(dot_type)), input_precision=PRECISION)
+            BdS *= to_exit[:, None]
+            du += BdS
+            x_wide = x.to(tl.float32)
+            left += tl.sum(x_wide * BdS, axis=1) * delta
+            whole = tl.sum(tl.sum(S.to(tl.float32) * dS.to(tl.float32), axis=1), axis=0)
+            at_end += tl.exp2(hi_end + lo_end) * whole
+            leaving = (x_wide * (delta * to_exit)[:, None]).to(dot_type)
+            dB = tl.dot(leaving, dS.to(dot_type), dB, input_precision=PRECISION)
+
+            dscale += tl.sum(x_wide * du, axis=1)
+            dx = du * delta[:, None]
+            if D_ptr is not None:
+                dy_wide = dy.to(tl.float32)
+                if D_PER_CHANNEL:
+                    D = tl.load(D_ptr + head * head_dim + p, mask=p_in, other=0.0)
+                    dx += dy_wide * D.to(tl.float32)[None, :]
+                else:
+                    dx += dy_wide * tl.load(D_ptr + head).to(tl.float32)
+                at_D = dD_ptr + (v * heads + head) * head_dim + p
+                tl.store(at_D, tl.sum(dy_wide * x_wide, axis=0), mask=p_in)
+            tl.store(dx_ptr + at_y, dx.to(dx_ptr.dtype.element_ty), mask=p_mask)
+        da += tl.where(i == Q - 1, at_end, 0.0)
+        at_grad = grad_ptr + (v * heads + head) * Q + i
+        tl.store(at_grad, da)
+        tl.store(at_grad + plane, left)
+        tl.store(at_grad + 2 * plane, dscale)
+
+    W = W_sum.to(dot_type)
+    dB = tl.dot(W, C, dB, input_precision=PRECISION)
+    dC = tl.dot(tl.trans(W), B, dC, input_precision=PRECISION)
+    at_BC = block * part + ((batch * length + t) * groups + group)[:, None] * states + n[None, :]
+    tl.store(dB_ptr + at_BC, dB.to(dB_ptr.dtype.element_ty), mask=n_mask)
+    tl.store(dC_ptr + at_BC, dC.to(dC_ptr.dtype.element_ty), mask=n_mask)

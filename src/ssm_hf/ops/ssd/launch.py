@@ -1,0 +1,456 @@
+"""The scan's kernels as torch operators: launches, shapes for tracing, gradients."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssm_hf.ops.launch import check_tensors, on_device, processors, tuned
+from ssm_hf.ops.packing import document_numbers
+from ssm_hf.ops.ssd.kernels import (
+    ssd_decay_bwd_kernel,
+    ssd_decay_kernel,
+    ssd_fwd_kernel,
+    ssd_states_kernel,
+)
+from ssm_hf.ops.ssd.kernels_bwd import ssd_bwd_kernel
+
+# Triton's annotations do not know that plain values may stand for constants.
+_decay_kernel: Any = ssd_decay_kernel
+_decay_bwd_kernel: Any = ssd_decay_bwd_kernel
+_states_kernel: Any = ssd_states_kernel
+_fwd_kernel: Any = ssd_fwd_kernel
+_bwd_kernel: Any = ssd_bwd_kernel
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LARGEST = 256
+CHUNK = 64
+
+
+def why_unsupported(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *others: Tensor | None
+) -> str | None:
+    """Why the kernels cannot take these inputs; None when they can."""
+    head_dim, states = x.shape[-1], B.shape[-1]
+    if head_dim > LARGEST or states > LARGEST:
+        return (
+            f"its kernels take heads of at most {LARGEST} channels and {LARGEST} states, "
+            f"got P={head_dim}, N={states}"
+        )
+    for t in (x, dt, A, B, *others):
+        if t is not None and t.is_floating_point() and t.dtype not in DTYPES:
+            return f"its kernels take {', '.join(map(str, DTYPES))}, got {t.dtype}"
+    return None
+
+
+class _Launch(NamedTuple):
+    """What all launches of one call share."""
+
+    batch: int
+    length: int
+    heads: int
+    groups: int
+    head_dim: int
+    states: int
+    rows: int  # batch rows, or documents of one row
+    chunks: int  # of all rows; with cu_seqlens an upper bound
+    longest: int  # chunks of the longest row; with cu_seqlens an upper bound
+    tables: tuple[
+        Tensor | None, Tensor | None, Tensor | None
+    ]  # cu_seqlens, first chunk, row of chunk
+    wide: bool  # products in fp32, not in the inputs' 16 bits
+    precision: str
+    device: torch.device
+
+    @property
+    def plane(self) -> int:
+        """Elements of one (chunks, H, Q) array."""
+        return self.chunks * self.heads * CHUNK
+
+    def options(self, kernel: str) -> dict[str, Any]:
+        """Tuned options, with blocks no larger than the arrays."""
+        size = "wide" if self.wide else f"n{_block(self.states)}"
+        options: dict[str, Any] = dict(tuned(kernel, size, self.device))
+        for name, extent in (("BLOCK_P", self.head_dim), ("BLOCK_N", self.states)):
+            if name in options:
+                options[name] = min(options[name], _block(extent))
+        return options
+
+
+def _block(extent: int) -> int:
+    """Smallest power of two that covers `extent`, at least 16: the least side of a product."""
+    return max(16, 1 << (extent - 1).bit_length())
+
+
+def _describe(x: Tensor, B: Tensor, C: Tensor, cu_seqlens: Tensor | None, length: int) -> _Launch:
+    batch, _, heads, head_dim = x.shape
+    groups, states = B.shape[2:]
+    rows, chunks = batch, batch * -(-length // CHUNK)
+    tables: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+    if cu_seqlens is not None:
+        rows = cu_seqlens.numel() - 1
+        chunks = length // CHUNK + rows
+        counts = (cu_seqlens.diff() + (CHUNK - 1)) // CHUNK
+        first = F.pad(counts.cumsum(0), (1, 0))
+        numbers = torch.arange(chunks, device=x.device)
+        tables = (cu_seqlens, first, torch.searchsorted(first[1:], numbers, right=True))
+    precision = "ieee"
+    if x.device.type == "cuda" and torch.version.hip is None:
+        precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    return _Launch(
+        batch=batch,
+        length=length,
+        heads=heads,
+        groups=groups,
+        head_dim=head_dim,
+        states=states,
+        rows=rows,
+        chunks=chunks,
+        longest=-(-length // CHUNK),
+        tables=tables,
+        wide=x.dtype == torch.float32 or not x.dtype == B.dtype == C.dtype,
+        precision=precision,
+        device=x.device,
+    )
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x with channels side by side and a chunk's offsets below 2^31; any other strides stay."""
+    plain = x.stride(-1) == 1 or x.shape[-1] == 1
+    return x if plain and x.stride(1) < 2**31 // CHUNK else x.contiguous()
+
+
+def _strides(x: Tensor | None, count: int = 3) -> tuple[int, ...]:
+    return (0,) * count if x is None else x.stride()[:count]
+
+
+def _decay_arguments(
+    k: _Launch,
+    dt: Tensor,
+    A: Tensor,
+    dt_bias: Tensor | None,
+    doc: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    pointers = (dt, A, dt_bias, mask, doc, *k.tables)
+    return pointers, (*_strides(dt), *_strides(mask, 2), *_strides(doc, 2))
+
+
+def _decays(
+    k: _Launch,
+    dt: Tensor,
+    A: Tensor,
+    dt_bias: Tensor | None,
+    doc: Tensor | None,
+    mask: Tensor | None,
+    step: tuple[bool, float, float],
+) -> Tensor:
+    """(3, chunks, H, Q): running sums of exponents in two parts, and Δ."""
+    decay = dt.new_empty(3, k.chunks, k.heads, CHUNK, dtype=torch.float32)
+    pointers, strides = _decay_arguments(k, dt, A, dt_bias, doc, mask)
+    options = k.options("ssd_decay")
+    softplus, lowest, highest = step
+    _decay_kernel[(k.chunks * -(-k.heads // options["BLOCK_H"]),)](
+        *pointers, decay, *strides, k.rows, k.length, k.heads, k.plane, lowest, highest,
+        SOFTPLUS=softplus, LIMIT=_limited(step), VARLEN=k.tables[0] is not None, Q=CHUNK,
+        **options,
+    )  # fmt: skip
+    return decay
+
+
+def _limited(step: tuple[bool, float, float]) -> bool:
+    return step[1] > 0 or not math.isinf(step[2])
+
+
+def _segments(k: _Launch, programs: int, wanted: int) -> int:
+    """Pieces of a row that are walked at once, so that `wanted` programs run per processor."""
+    segments = -(-wanted * processors(k.device) // programs)
+    # A segment of fewer chunks would cost more to enter than it saves.
+    return max(1, min(segments, k.longest // 4))
+
+
+def _states(
+    k: _Launch,
+    x: Tensor,
+    B: Tensor,
+    backward: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None,
+    decay: Tensor,
+    segments: int,
+    totals: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    outputs: tuple[Tensor | None, Tensor | None, Tensor | None],
+    entries: tuple[Tensor | None, Tensor | None],
+    options: dict[str, Any],
+) -> None:
+    """Launch `ssd_states_kernel`: totals of segments if `outputs` is empty, else exact states."""
+    dy, C, z, mask = backward or (None, None, None, None)
+    find_totals = outputs[0] is None
+    walked = segments - 1 if find_totals else segments
+    blocks = -(-k.head_dim // options["BLOCK_P"]) * -(-k.states // options["BLOCK_N"])
+    grid = k.heads * blocks * walked * k.rows * (1 if backward is None else 2)
+    state, carry, dstate, dcarry = totals or (None,) * 4
+    cu_seqlens, first, _ = k.tables
+    _states_kernel[(grid,)](
+        x, B, dy, C, z, mask, decay, outputs[0], outputs[1], entries[0], entries[1], outputs[2],
+        state, carry, dstate, dcarry, cu_seqlens, first,
+        *_strides(x), *_strides(B), *_strides(dy), *_strides(C), *_strides(z), *_strides(mask, 2),
+        k.rows, k.length, k.heads, k.heads // k.groups, k.states, k.head_dim, k.plane, walked,
+        TOTALS=find_totals, SEGMENTS=segments, VARLEN=cu_seqlens is not None, WIDE=k.wide,
+        PRECISION=k.precision, Q=CHUNK, **options,
+    )  # fmt: skip
+
+
+def _totals(k: _Launch, segments: int) -> tuple[Tensor, Tensor]:
+    """Where segments leave their state and their decay."""
+    like = torch.empty(0, dtype=torch.float32, device=k.device)
+    shape = (k.rows, segments, k.heads)
+    return like.new_empty(*shape, k.head_dim, k.states), like.new_empty(shape)
+
+
+@torch.library.custom_op("ssm_hf::ssd_fwd", mutates_args=())
+def _forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    doc: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (B, T, H, P), final state (rows, H, P, N) fp32, and with z also y before the gate."""
+    x, B, C = _rows(x), _rows(B), _rows(C)
+    z = None if z is None else _rows(z)
+    k = _describe(x, B, C, cu_seqlens, x.shape[1])
+    y = x.new_empty(x.shape)
+    ungated = x.new_empty(0) if z is None else x.new_empty(x.shape)
+    final = x.new_empty(k.rows, k.heads, k.head_dim, k.states, dtype=torch.float32)
+    with on_device(x):
+        decay = _decays(k, dt, A, dt_bias, doc, mask, (dt_softplus, dt_min, dt_max))
+        options = k.options("ssd_fwd")
+        wanted = options.pop("PROGRAMS")
+        programs = k.rows * k.heads * -(-k.head_dim // options["BLOCK_P"])
+        segments = _segments(k, programs, wanted)
+        totals, carry = None, None
+        if segments > 1:
+            totals, carry = _totals(k, segments)
+            light = k.options("ssd_states")
+            light.pop("PROGRAMS")
+            _states(
+                k, x, B, None, decay, segments, (totals, carry, totals, carry),
+                (None, None, None), (None, None), light,
+            )  # fmt: skip
+        _fwd_kernel[(programs * segments,)](
+            x, B, C, D, z, mask, decay, initial_state, totals, carry, y, ungated, final,
+            *k.tables[:2],
+            *_strides(x), *_strides(B), *_strides(C), *_strides(z), *_strides(mask, 2),
+            k.rows, k.length, k.heads, k.heads // k.groups, k.states, k.head_dim, k.plane,
+            D_PER_CHANNEL=D is not None and D.ndim == 2, SEGMENTS=segments,
+            VARLEN=cu_seqlens is not None, WIDE=k.wide, PRECISION=k.precision, Q=CHUNK,
+            BLOCK_N=_block(k.states), **options,
+        )  # fmt: skip
+    return y, final, ungated
+
+
+@_forward.register_fake
+def _(x, dt, A, B, C, D, z, dt_bias, initial_state, doc, cu_seqlens, mask, *step):  # pyright: ignore
+    rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    final = x.new_empty(rows, *x.shape[2:], B.shape[3], dtype=torch.float32)
+    return x.new_empty(x.shape), final, x.new_empty(0 if z is None else x.shape)
+
+
+@torch.library.custom_op("ssm_hf::ssd_bwd", mutates_args=())
+def _backward(
+    dy: Tensor | None,
+    dfinal: Tensor | None,
+    ungated: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    doc: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+) -> list[Tensor]:
+    """Gradients of x, dt, A, B, C, D, z, dt_bias, initial_state; empty ones for what is None."""
+    step = (dt_softplus, dt_min, dt_max)
+    dy = x.new_zeros(x.shape) if dy is None else dy
+    x, B, C, dy = _rows(x), _rows(B), _rows(C), _rows(dy)
+    z = None if z is None else _rows(z)
+    dfinal = None if dfinal is None else dfinal.contiguous()
+    k = _describe(x, B, C, cu_seqlens, x.shape[1])
+    dx, ddt = x.new_empty(x.shape), dt.new_empty(dt.shape)
+    dz = x.new_empty(0) if z is None else z.new_empty(z.shape)
+    narrow = torch.float32 if k.wide else x.dtype
+    shape = (k.chunks, k.heads, k.head_dim, k.states)
+    states, dstates = (x.new_empty(shape, dtype=narrow) for _ in range(2))
+    dinitial = None
+    if initial_state is not None:
+        dinitial = initial_state.new_empty(initial_state.shape, dtype=torch.float32)
+    grad = x.new_empty(3, k.chunks, k.heads, CHUNK, dtype=torch.float32)
+    sums = x.new_empty(2, k.chunks, k.heads, dtype=torch.float32)
+    dD = None
+    if D is not None:
+        dD = x.new_empty(k.chunks, k.heads, k.head_dim, dtype=torch.float32)
+    with on_device(x):
+        decay = _decays(k, dt, A, dt_bias, doc, mask, step)
+        _states_of_chunks(k, x, B, dy, C, z, mask, decay, initial_state, dfinal, dinitial,
+                          states, dstates)  # fmt: skip
+        options = k.options("ssd_bwd")
+        heads = _heads_per_program(k, options.pop("HEADS"))
+        blocks = k.heads // k.groups // heads
+        if blocks == 1:
+            dB, dC = B.new_empty(B.shape), C.new_empty(C.shape)
+        else:
+            parts = (blocks, *B.shape)
+            dB, dC = (x.new_empty(parts, dtype=torch.float32) for _ in range(2))
+        _bwd_kernel[(k.chunks * k.groups * blocks,)](
+            x, B, C, D, z, ungated, mask, dy, decay, states, dstates, dx, dz, dB, dC, grad, dD,
+            *k.tables,
+            *_strides(x), *_strides(B), *_strides(C), *_strides(z), *_strides(mask, 2),
+            *_strides(dy), k.rows, k.length, k.heads, k.groups, k.states, k.head_dim, k.plane,
+            B.numel(), D_PER_CHANNEL=D is not None and D.ndim == 2,
+            VARLEN=cu_seqlens is not None, WIDE=k.wide, PRECISION=k.precision, Q=CHUNK,
+            HEADS=heads, HEAD_BLOCKS=blocks, P_BLOCKS=-(-k.head_dim // options["BLOCK_P"]),
+            BLOCK_N=_block(k.states), **options,
+        )  # fmt: skip
+        pointers, strides = _decay_arguments(k, dt, A, dt_bias, doc, mask)
+        options = k.options("ssd_decay_bwd")
+        _decay_bwd_kernel[(k.chunks * -(-k.heads // options["BLOCK_H"]),)](
+            *pointers, grad, ddt, sums, *strides, k.rows, k.length, k.heads, k.plane,
+            k.chunks * k.heads, dt_min, dt_max, SOFTPLUS=dt_softplus, LIMIT=_limited(step),
+            VARLEN=cu_seqlens is not None, Q=CHUNK, **options,
+        )  # fmt: skip
+    if blocks > 1:
+        dB, dC = dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype)
+    dA, dbias = sums.sum(1)
+    if D is not None and dD is not None:
+        dD = dD.sum(0)
+        dD = (dD if D.ndim == 2 else dD.sum(1)).to(D.dtype)
+    return [
+        dx,
+        ddt,
+        dA.to(A.dtype, copy=True),
+        dB,
+        dC,
+        x.new_empty(0) if dD is None else dD,
+        dz,
+        x.new_empty(0) if dt_bias is None else dbias.to(dt_bias.dtype, copy=True),
+        x.new_empty(0)
+        if dinitial is None or initial_state is None
+        else dinitial.to(initial_state.dtype),
+    ]
+
+
+def _states_of_chunks(
+    k: _Launch,
+    x: Tensor,
+    B: Tensor,
+    dy: Tensor,
+    C: Tensor,
+    z: Tensor | None,
+    mask: Tensor | None,
+    decay: Tensor,
+    initial_state: Tensor | None,
+    dfinal: Tensor | None,
+    dinitial: Tensor | None,
+    states: Tensor,
+    dstates: Tensor,
+) -> None:
+    """Fill the states that enter chunks, the gradients of those that leave, and dinitial."""
+    options = k.options("ssd_states")
+    wanted = options.pop("PROGRAMS")
+    blocks = -(-k.head_dim // options["BLOCK_P"]) * -(-k.states // options["BLOCK_N"])
+    segments = _segments(k, 2 * k.rows * k.heads * blocks, wanted)
+    backward, totals = (dy, C, z, mask), None
+    if segments > 1:
+        totals = (*_totals(k, segments), *_totals(k, segments))
+        none = (None, None, None)
+        _states(k, x, B, backward, decay, segments, totals, none, (None, None), options)
+    _states(
+        k, x, B, backward, decay, segments, totals, (states, dstates, dinitial),
+        (initial_state, dfinal), options,
+    )  # fmt: skip
+
+
+def _heads_per_program(k: _Launch, most: int) -> int:
+    """Largest number of heads that divides a group's, at most `most`, and keeps the GPU full."""
+    per_group = k.heads // k.groups
+    enough = 2 * processors(k.device)
+    fitting = [h for h in range(1, min(most, per_group) + 1) if per_group % h == 0]
+    full = [h for h in fitting if k.chunks * k.heads // h >= enough]
+    return max(full) if full else 1
+
+
+@_backward.register_fake
+def _(dy, dfinal, ungated, *inputs):  # pyright: ignore
+    return [inputs[0].new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs[:9]]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    tensors, ctx.step = inputs[:12], inputs[12:]
+    ctx.save_for_backward(output[2], *tensors)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[2])
+
+
+def _gradients(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: Any) -> tuple[Any, ...]:
+    ungated, *tensors = ctx.saved_tensors
+    if dy is None and dfinal is None:
+        return (None,) * 15
+    grads = _backward(dy, dfinal, ungated, *tensors, *ctx.step)
+    given = zip(grads, tensors[:9], strict=True)
+    return (*(None if t is None else grad for grad, t in given), *(None,) * 6)
+
+
+_forward.register_autograd(_gradients, setup_context=_setup)
+
+
+def ssd_triton(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """y and the final state; arguments as `ssd` takes them. Chunks always have 64 tokens."""
+    check_tensors("ssd", DTYPES, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias,
+                  initial_state=initial_state, seq_idx=seq_idx, cu_seqlens=cu_seqlens,
+                  mask=mask)  # fmt: skip
+    doc = seq_idx
+    if seq_idx is not None and mask is not None:
+        doc = document_numbers(seq_idx, mask)
+    D, dt_bias, initial_state = (
+        None if t is None else t.contiguous() for t in (D, dt_bias, initial_state)
+    )
+    y, state, _ = _forward(
+        x, dt, A.contiguous(), B, C, D, z, dt_bias, initial_state, doc, cu_seqlens, mask,
+        dt_softplus, float(dt_limit[0]), float(dt_limit[1]),
+    )  # fmt: skip
+    return y, state
