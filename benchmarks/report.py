@@ -13,7 +13,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from benchmarks import common
-from benchmarks.operators import OPERATORS
 
 DOCS = common.ROOT / "docs"
 PLOTS = DOCS / "performance"
