@@ -12,17 +12,17 @@ LAUNCH = $(BIN)/accelerate launch --config_file configs/accelerate/single.yaml \
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo demo-long test test-full test-memory lint bench-cpu bench-gpu performance clean
+.PHONY: help demo demo-long test test-full memcheck lint bench-cpu bench-gpu report clean
 
 help:
 	@echo "make demo       pretrain a small Mamba-2 on this interpreter's library, reload, generate, evaluate"
 	@echo "make demo-long  the same for longer, to beat an order-5 n-gram clearly"
 	@echo "make test       linters, types and the test suite (what CI runs)"
 	@echo "make test-full  the tests marked slow or gpu too (these skip where there is no GPU)"
-	@echo "make test-memory  small kernels under compute-sanitizer (needs a GPU)"
+	@echo "make memcheck   small kernels under compute-sanitizer (needs a GPU)"
 	@echo "make bench-cpu  CPU speed beside transformers' torch path"
 	@echo "make bench-gpu  operators beside their peers on the GPU, correctness first"
-	@echo "make performance  docs/performance.md from benchmarks/results"
+	@echo "make report     docs/performance.md from benchmarks/results"
 
 # A stamp per set of extras: a changed pyproject.toml or constraints.txt installs again.
 $(VENV)/.installed-%: pyproject.toml constraints.txt
@@ -53,7 +53,7 @@ test: lint
 test-full: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not network"
 
-test-memory: $(VENV)/.installed-dev
+memcheck: $(VENV)/.installed-dev
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
 	  $(BIN)/python -m tests.ops.memcheck
 
@@ -64,7 +64,7 @@ bench-gpu: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.ops.grid
 	$(BIN)/python -m benchmarks.ops
 
-performance: $(VENV)/.installed-dev
+report: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.report
 
 clean:
