@@ -1,23 +1,20 @@
 """Mamba-1's selective scan."""
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ssm_hf.ops.dispatch import pick
-from ssm_hf.ops.packing import (
-    check_packing,
-    compute_dtype,
-    document_numbers,
-    in_given_precision,
-    run_per_document,
-)
+from ssm_hf.ops.dispatch import HAS_TRITON, pick
+from ssm_hf.ops.packing import check_packing, in_given_precision
 from ssm_hf.ops.selective_scan.reference import (
-    selective_scan_blocked,
     selective_scan_recurrent,
     selective_scan_step,
+    selective_scan_torch,
 )
-from ssm_hf.ops.step_size import check_dt_limit, step_size
+from ssm_hf.ops.step_size import check_dt_limit
+
+if HAS_TRITON:
+    from ssm_hf.ops.selective_scan.launch import selective_scan_triton, why_unsupported
+else:
+    selective_scan_triton = why_unsupported = None
 
 __all__ = ["selective_scan", "selective_scan_recurrent", "selective_scan_step"]
 
@@ -92,40 +89,31 @@ def selective_scan(
             raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
     check_dt_limit(dt_limit)
     check_packing(batch, length, initial_state, (inner, states), seq_idx, cu_seqlens, mask)
-    scan = pick("selective_scan", impl, x.device, reference=selective_scan_blocked)
-
-    dtype = compute_dtype(x, dt, A, initial_state)
-    u, A_wide, B_wide, C_wide = (v.to(dtype) for v in (x, A, B, C))
-    delta = step_size(dt, dt_bias, dt_softplus, dt_limit, mask).to(dtype)
-
-    def run(
-        x: Tensor, dt: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None, mask: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        # Pads of the packed batch hold the state as masked tokens do.
-        state = _state(x, initial_state)
-        return scan(x, dt * mask[..., None], A_wide, B, C, state, None)
-
-    def _state(x: Tensor, initial_state: Tensor | None) -> Tensor:
-        if initial_state is None:
-            return x.new_zeros(x.shape[0], inner, states)
-        return initial_state.to(dtype)
-
-    if cu_seqlens is not None:
-        sequences = {"x": u, "dt": delta, "B": B_wide, "C": C_wide}
-        y, state = run_per_document(run, sequences, cu_seqlens, initial_state, mask)
-    elif length == 1:
-        y, state = selective_scan_step(
-            u[:, 0], delta[:, 0], A_wide, B_wide[:, 0], C_wide[:, 0], _state(u, initial_state)
-        )
-        y = y[:, None]
-    else:
-        doc = None if seq_idx is None else document_numbers(seq_idx, mask)
-        y, state = scan(u, delta, A_wide, B_wide, C_wide, _state(u, initial_state), doc)
-    if D is not None:
-        y = torch.addcmul(y, D.to(dtype), u)
-    if z is not None:
-        y = y * F.silu(z.to(dtype))
-    if mask is not None:
-        y = y * mask[..., None]
-    y = y.to(x.dtype)
+    unsupported = None
+    if why_unsupported is not None:
+        unsupported = why_unsupported(A, x, dt, B, C, D, z, dt_bias, initial_state)
+    scan = pick(
+        "selective_scan",
+        impl,
+        x.device,
+        reference=selective_scan_torch,
+        triton=selective_scan_triton,
+        unsupported=unsupported,
+    )
+    y, state = scan(
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        z,
+        dt_bias,
+        dt_softplus,
+        dt_limit,
+        initial_state,
+        seq_idx,
+        cu_seqlens,
+        mask,
+    )
     return (y, state) if return_final_state else y

@@ -1,16 +1,23 @@
 """Mamba-1's selective scan in plain torch: the equations, a vectorised path, one step.
 
-All functions take Δ ready made (see `step_size`) and leave D and the gate to the caller:
-x, dt (B, T, I), A (I, N), B, C (B, T, N), state (B, I, N).
+Up to `selective_scan_torch`, functions take Δ ready made (see `step_size`) and leave D and the gate
+to the caller: x, dt (B, T, I), A (I, N), B, C (B, T, N), state (B, I, N).
 """
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ssm_hf.ops.linear_scan.reference import scan_
-from ssm_hf.ops.packing import document_starts
+from ssm_hf.ops.packing import (
+    compute_dtype,
+    document_numbers,
+    document_starts,
+    run_per_document,
+)
+from ssm_hf.ops.step_size import step_size
 
 
 def selective_scan_recurrent(
@@ -148,3 +155,58 @@ def selective_scan_blocked(
     """Vectorised path; see `_BlockScan`."""
     starts = None if doc is None else document_starts(doc)
     return _BlockScan.apply(x, dt, A, B, C, state, starts)  # pyright: ignore[reportReturnType]
+
+
+def selective_scan_torch(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The whole operator, with arguments as in `selective_scan`: y in x's dtype, final state."""
+    inner, states = A.shape
+    dtype = compute_dtype(x, dt, A, initial_state)
+    u, A_wide, B_wide, C_wide = (v.to(dtype) for v in (x, A, B, C))
+    delta = step_size(dt, dt_bias, dt_softplus, dt_limit, mask).to(dtype)
+
+    def _state(x: Tensor, initial_state: Tensor | None) -> Tensor:
+        if initial_state is None:
+            return x.new_zeros(x.shape[0], inner, states)
+        return initial_state.to(dtype)
+
+    def run(
+        x: Tensor, dt: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        # Pads of the packed batch hold the state as masked tokens do.
+        state = _state(x, initial_state)
+        return selective_scan_blocked(x, dt * mask[..., None], A_wide, B, C, state, None)
+
+    if cu_seqlens is not None:
+        sequences = {"x": u, "dt": delta, "B": B_wide, "C": C_wide}
+        y, state = run_per_document(run, sequences, cu_seqlens, initial_state, mask)
+    elif x.shape[1] == 1:
+        y, state = selective_scan_step(
+            u[:, 0], delta[:, 0], A_wide, B_wide[:, 0], C_wide[:, 0], _state(u, initial_state)
+        )
+        y = y[:, None]
+    else:
+        doc = None if seq_idx is None else document_numbers(seq_idx, mask)
+        state = _state(u, initial_state)
+        y, state = selective_scan_blocked(u, delta, A_wide, B_wide, C_wide, state, doc)
+    if D is not None:
+        y = torch.addcmul(y, D.to(dtype), u)
+    if z is not None:
+        y = y * F.silu(z.to(dtype))
+    if mask is not None:
+        y = y * mask[..., None]
+    return y.to(x.dtype), state

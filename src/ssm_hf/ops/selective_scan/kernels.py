@@ -1,0 +1,233 @@
+"""Triton kernel of the selective scan's forward pass, and what it shares with the backward pass.
+
+A program owns BLOCK_E channels with all their states and walks through time, BLOCK_T tokens at a
+time. Step sizes are formed once per token and channel; decays and inputs of a tile are
+(BLOCK_T, BLOCK_E, BLOCK_N) tensors whose time axis lies inside a thread, so that `_row` and
+`_with_row`, which address one token of a tile, are a choice of registers and cost nothing.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _row(tile, t: tl.constexpr):
+    """Token t of a tile with time first."""
+    at = tl.arange(0, tile.shape[0])[:, None, None] == t
+    # A sum of integers, since there x + 0 = x: all other terms vanish when it is compiled.
+    bits = tl.sum(tl.where(at, tile.to(tl.int32, bitcast=True), 0), axis=0)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _with_row(tile, t: tl.constexpr, row):
+    """The tile with token t replaced."""
+    at = tl.arange(0, tile.shape[0])[:, None, None] == t
+    return tl.where(at, row[None, :, :], tile)
+
+
+@triton.jit
+def _softplus(v):
+    """log(1 + e^v), as accurate for v << 0 as for v >> 0."""
+    w = tl.exp2(-tl.abs(v) * LOG2E)
+    # log(1 + w) = 2 atanh(s), s = w / (2 + w) <= 1/3; the first term left out is 2 s^17 / 17.
+    s = w / (2.0 + w)
+    q = s * s
+    p = 2.0 / 13 + q * (2.0 / 15)
+    p = 2.0 / 9 + q * (2.0 / 11 + q * p)
+    p = 2.0 / 5 + q * (2.0 / 7 + q * p)
+    return tl.maximum(v, 0.0) + s * (2.0 + q * (2.0 / 3 + q * p))
+
+
+@triton.jit
+def _sigmoid(v):
+    w = tl.exp2(-tl.abs(v) * LOG2E)
+    return tl.where(v >= 0, 1.0, w) / (1.0 + w)
+
+
+@triton.jit
+def _load_rows(ptr, stride, t, columns, inside):
+    tile = tl.load(ptr + t[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+    return tile.to(tl.float32)
+
+
+@triton.jit
+def _step_size(raw, bias, real, lowest, highest, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr):
+    """Δ (T, E) of a tile, 0 where no real token stands: the state is held there."""
+    delta = raw + bias[None, :]
+    if SOFTPLUS:
+        delta = _softplus(delta)
+    if CLAMP:
+        delta = tl.minimum(tl.maximum(delta, lowest), highest)
+    return tl.where(real, delta, 0.0)
+
+
+@triton.jit
+def _document_drops(seq_ptr, t, first, length):
+    """-inf (T,) in the decay's exponent where a new document drops the state, else 0."""
+    after = (t > 0) & (t < length)
+    here = tl.load(seq_ptr + first + t, mask=after, other=0)
+    before = tl.load(seq_ptr + first + t - 1, mask=after, other=0)
+    return tl.where(here != before, float("-inf"), 0.0)
+
+
+@triton.jit
+def _decays(delta, A2, drops, HAS_DROPS: tl.constexpr):
+    """exp(Δ A) (T, E, N), from A log2(e) (1, E, N)."""
+    exponent = delta[:, :, None] * A2
+    if HAS_DROPS:
+        exponent += drops[:, None, None]
+    return tl.exp2(exponent)
+
+
+@triton.jit
+def _row_extent(row, cu_ptr, T):
+    """Batch index, first token and length of a row, or of a document of the only row."""
+    batch, first, length = row.to(tl.int64), tl.zeros((), tl.int64), T
+    if cu_ptr is not None:
+        batch *= 0
+        first += tl.load(cu_ptr + row)
+        length = (tl.load(cu_ptr + row + 1) - first).to(tl.int32)
+    return batch, first, length
+
+
+@triton.jit
+def _first_saved(row, first, cu_ptr, T, CHUNK: tl.constexpr):
+    """Place of a row's first saved state: rows of ceil(length / CHUNK) places never overlap."""
+    place = row.to(tl.int64) * tl.cdiv(T, CHUNK)
+    if cu_ptr is not None:
+        place = first // CHUNK + row
+    return place
+
+
+@triton.jit
+def selective_scan_fwd_kernel(
+    x_ptr,
+    dt_ptr,
+    A_ptr,
+    B_ptr,
+    C_ptr,
+    D_ptr,
+    z_ptr,
+    bias_ptr,
+    initial_ptr,
+    seq_ptr,
+    cu_ptr,
+    mask_ptr,
+    y_ptr,
+    final_ptr,
+    saved_ptr,
+    x_b,
+    x_t,
+    dt_b,
+    dt_t,
+    B_b,
+    B_t,
+    C_b,
+    C_t,
+    z_b,
+    z_t,
+    T,
+    E,
+    N,
+    lowest,
+    highest,
+    SOFTPLUS: tl.constexpr,
+    CLAMP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program per row (or document) and block of channels.
+
+    saved (places, E, N), if given, receives the state before every CHUNK-th token of a row.
+    """
+    blocks = tl.cdiv(E, BLOCK_E)
+    row = tl.program_id(0) // blocks
+    e = (tl.program_id(0) % blocks) * BLOCK_E + tl.arange(0, BLOCK_E)
+    n = tl.arange(0, BLOCK_N)
+    t = tl.arange(0, BLOCK_T)
+    in_e, in_n = e < E, n < N
+    batch, first, length = _row_extent(row, cu_ptr, T)
+
+    # Loaded as three axes: this load decides how the threads share channels and states.
+    en = e[None, :, None] * N + n[None, None, :]
+    in_en = in_e[None, :, None] & in_n[None, None, :]
+    A2 = tl.load(A_ptr + en, mask=in_en, other=0.0).to(tl.float32) * LOG2E
+    bias = tl.zeros((BLOCK_E,), tl.float32)
+    if bias_ptr is not None:
+        bias += tl.load(bias_ptr + e, mask=in_e, other=0.0).to(tl.float32)
+    D = tl.zeros((BLOCK_E,), tl.float32)
+    if D_ptr is not None:
+        D += tl.load(D_ptr + e, mask=in_e, other=0.0).to(tl.float32)
+    state = tl.zeros((1, BLOCK_E, BLOCK_N), tl.float32)
+    size = E.to(tl.int64) * N
+    if initial_ptr is not None:
+        initial = tl.load(initial_ptr + row * size + en, mask=in_en, other=0.0)
+        state += initial.to(tl.float32)
+    h = tl.sum(state, axis=0)
+
+    x_ptr += batch * x_b + first * x_t
+    dt_ptr += batch * dt_b + first * dt_t
+    B_ptr += batch * B_b + first * B_t
+    C_ptr += batch * C_b + first * C_t
+    if z_ptr is not None:
+        z_ptr += batch * z_b + first * z_t
+    if saved_ptr is not None:
+        saved_ptr += _first_saved(row, first, cu_ptr, T, CHUNK) * size
+    first += batch * T
+    y_ptr += first * E
+
+    inside = (t < length)[:, None] & in_e[None, :]
+    inside_n = (t < length)[:, None] & in_n[None, :]
+    x_next = _load_rows(x_ptr, x_t, t, e, inside)
+    dt_next = _load_rows(dt_ptr, dt_t, t, e, inside)
+    B_next = _load_rows(B_ptr, B_t, t, n, inside_n)
+    C_next = _load_rows(C_ptr, C_t, t, n, inside_n)
+    for t0 in range(0, length, BLOCK_T):
+        x, raw, B, C = x_next, dt_next, B_next, C_next
+        inside = (t0 + t < length)[:, None] & in_e[None, :]
+        real = inside
+        if mask_ptr is not None:
+            real &= tl.load(mask_ptr + first + t0 + t, mask=t0 + t < length, other=0)[:, None] != 0
+        if z_ptr is not None:
+            z = _load_rows(z_ptr, z_t, t, e, inside)
+            z_ptr += BLOCK_T * z_t
+        # The next tile's loads are under way while this tile is computed.
+        x_ptr += BLOCK_T * x_t
+        dt_ptr += BLOCK_T * dt_t
+        B_ptr += BLOCK_T * B_t
+        C_ptr += BLOCK_T * C_t
+        ahead = t0 + BLOCK_T + t < length
+        x_next = _load_rows(x_ptr, x_t, t, e, ahead[:, None] & in_e[None, :])
+        dt_next = _load_rows(dt_ptr, dt_t, t, e, ahead[:, None] & in_e[None, :])
+        B_next = _load_rows(B_ptr, B_t, t, n, ahead[:, None] & in_n[None, :])
+        C_next = _load_rows(C_ptr, C_t, t, n, ahead[:, None] & in_n[None, :])
+
+        if saved_ptr is not None:
+            # The chunk's other tiles write nothing.
+            tl.store(saved_ptr + en, h[None, :, :], mask=in_en & (t0 % CHUNK == 0))
+            saved_ptr += tl.where(t0 % CHUNK == 0, size, 0)
+        drops = tl.zeros((BLOCK_T,), tl.float32)
+        if seq_ptr is not None:
+            drops = _document_drops(seq_ptr, t0 + t, first, length)
+        delta = _step_size(raw, bias, real, lowest, highest, SOFTPLUS, CLAMP)
+        a = _decays(delta, A2, drops, seq_ptr is not None)
+        b = (delta * x)[:, :, None] * B[:, None, :]
+        states = b
+        for i in tl.static_range(BLOCK_T):
+            h = _row(a, i) * h + _row(b, i)
+            states = _with_row(states, i, h)
+        y = tl.sum(states * C[:, None, :], axis=2)
+        y += D[None, :] * x
+        if z_ptr is not None:
+            y *= z * _sigmoid(z)
+        if mask_ptr is not None:
+            y = tl.where(real, y, 0.0)
+        tl.store(y_ptr + t[:, None] * E + e[None, :], y, mask=inside)
+        y_ptr += BLOCK_T * E
+    if final_ptr is not None:
+        tl.store(final_ptr + row * size + en, h[None, :, :], mask=in_en)

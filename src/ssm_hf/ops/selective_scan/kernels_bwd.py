@@ -1,0 +1,337 @@
+"""Triton kernels of the selective scan's backward pass.
+
+Tiles are laid out as in the forward kernel. A row may be cut into segments that run side by side:
+`selective_scan_carry_kernel` then finds out what each one hands to the segment before it.
+"""
+
+import triton
+import triton.language as tl
+
+from ssm_hf.ops.selective_scan.kernels import (
+    _decays,
+    _document_drops,
+    _first_saved,
+    _load_rows,
+    _row,
+    _row_extent,
+    _sigmoid,
+    _step_size,
+    _with_row,
+)
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _segment(segment, segments, length, CHUNK: tl.constexpr):
+    """First token of a segment and the one after its last: whole chunks, except at the end."""
+    size = tl.cdiv(tl.cdiv(length, segments), CHUNK) * CHUNK
+    start = tl.minimum(segment * size, length)
+    return start, tl.minimum(start + size, length)
+
+
+@triton.jit
+def selective_scan_carry_kernel(
+    dy_ptr,
+    dt_ptr,
+    A_ptr,
+    C_ptr,
+    z_ptr,
+    bias_ptr,
+    seq_ptr,
+    cu_ptr,
+    mask_ptr,
+    carry_ptr,
+    dy_b,
+    dy_t,
+    dt_b,
+    dt_t,
+    C_b,
+    C_t,
+    z_b,
+    z_t,
+    T,
+    E,
+    N,
+    segments,
+    lowest,
+    highest,
+    SOFTPLUS: tl.constexpr,
+    CLAMP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """carry (rows, segments, 2, E, N): P and Q of the map k -> P k + Q from the gradient that
+    enters a segment at its end to the one that leaves it at its start.
+    """
+    blocks = tl.cdiv(E, BLOCK_E)
+    place = tl.program_id(0) // blocks
+    row, segment = place // segments, place % segments
+    e = (tl.program_id(0) % blocks) * BLOCK_E + tl.arange(0, BLOCK_E)
+    n = tl.arange(0, BLOCK_N)
+    t = tl.arange(0, BLOCK_T)
+    in_e, in_n = e < E, n < N
+    batch, first, length = _row_extent(row, cu_ptr, T)
+    start, end = _segment(segment, segments, length, CHUNK)
+
+    en = e[None, :, None] * N + n[None, None, :]
+    in_en = in_e[None, :, None] & in_n[None, None, :]
+    A2 = tl.load(A_ptr + en, mask=in_en, other=0.0).to(tl.float32) * LOG2E
+    bias = tl.zeros((BLOCK_E,), tl.float32)
+    if bias_ptr is not None:
+        bias += tl.load(bias_ptr + e, mask=in_e, other=0.0).to(tl.float32)
+
+    dy_ptr += batch * dy_b + first * dy_t
+    dt_ptr += batch * dt_b + first * dt_t
+    C_ptr += batch * C_b + first * C_t
+    if z_ptr is not None:
+        z_ptr += batch * z_b + first * z_t
+    first += batch * T
+
+    k = tl.sum(tl.zeros((1, BLOCK_E, BLOCK_N), tl.float32), axis=0)
+    steps = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
+    dropped = tl.zeros((BLOCK_T,), tl.float32)
+    tiles = tl.cdiv(end - start, BLOCK_T)
+    for reverse in range(0, tiles):
+        t0 = start + (tiles - 1 - reverse) * BLOCK_T
+        at = t0 + t
+        long = tl.cast(t0, tl.int64)
+        inside = (at < end)[:, None] & in_e[None, :]
+        real = inside
+        if mask_ptr is not None:
+            real &= tl.load(mask_ptr + first + at, mask=at < end, other=0)[:, None] != 0
+        raw = _load_rows(dt_ptr + long * dt_t, dt_t, t, e, inside)
+        dy = _load_rows(dy_ptr + long * dy_t, dy_t, t, e, real)
+        C = _load_rows(C_ptr + long * C_t, C_t, t, n, (at < end)[:, None] & in_n[None, :])
+        if z_ptr is not None:
+            z = _load_rows(z_ptr + long * z_t, z_t, t, e, inside)
+            dy *= z * _sigmoid(z)
+        drops = tl.zeros((BLOCK_T,), tl.float32)
+        if seq_ptr is not None:
+            drops = _document_drops(seq_ptr, at, first, length)
+            dropped += drops
+        delta = _step_size(raw, bias, real, lowest, highest, SOFTPLUS, CLAMP)
+        steps += delta
+        a = _decays(delta, A2, drops, seq_ptr is not None)
+        cdy = C[:, None, :] * dy[:, :, None]
+        for i in tl.static_range(BLOCK_T - 1, -1, -1):
+            k = _row(a, i) * (_row(cdy, i) + k)
+    whole = tl.sum(steps, axis=0)[None, :]
+    decay = _decays(whole, A2, tl.sum(dropped, axis=0)[None], seq_ptr is not None)
+    size = E.to(tl.int64) * N
+    carry_ptr += place.to(tl.int64) * 2 * size
+    tl.store(carry_ptr + en, decay, mask=in_en)
+    tl.store(carry_ptr + size + en, k[None, :, :], mask=in_en)
+
+
+@triton.jit
+def selective_scan_bwd_kernel(
+    dy_ptr,
+    dfinal_ptr,
+    x_ptr,
+    dt_ptr,
+    A_ptr,
+    B_ptr,
+    C_ptr,
+    D_ptr,
+    z_ptr,
+    bias_ptr,
+    seq_ptr,
+    cu_ptr,
+    mask_ptr,
+    saved_ptr,
+    carry_ptr,
+    scratch_ptr,
+    dx_ptr,
+    ddt_ptr,
+    dz_ptr,
+    dBC_ptr,
+    dA_ptr,
+    dD_ptr,
+    dbias_ptr,
+    dinitial_ptr,
+    dy_b,
+    dy_t,
+    x_b,
+    x_t,
+    dt_b,
+    dt_t,
+    B_b,
+    B_t,
+    C_b,
+    C_t,
+    z_b,
+    z_t,
+    tokens,
+    T,
+    E,
+    N,
+    segments,
+    lowest,
+    highest,
+    SOFTPLUS: tl.constexpr,
+    CLAMP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program per row (or document), segment of the row and block of channels.
+
+    Chunks of CHUNK tokens in reverse order: states are formed again from the saved one, once to
+    note the state before each tile in scratch, once tile by tile on the way back.
+
+    dBC (blocks, tokens, 2, N) and dA (rows * segments, E, N), dD and dbias (rows * segments, E)
+    are each program's share, to be summed over the first axis.
+    """
+    blocks = tl.cdiv(E, BLOCK_E)
+    block = tl.program_id(0) % blocks
+    place = tl.program_id(0) // blocks
+    row, segment = place // segments, place % segments
+    e = block * BLOCK_E + tl.arange(0, BLOCK_E)
+    n = tl.arange(0, BLOCK_N)
+    t = tl.arange(0, BLOCK_T)
+    in_e, in_n = e < E, n < N
+    batch, first, length = _row_extent(row, cu_ptr, T)
+    start, end = _segment(segment, segments, length, CHUNK)
+    size = E.to(tl.int64) * N
+    saved_ptr += (_first_saved(row, first, cu_ptr, T, CHUNK) + start // CHUNK) * size
+
+    en = e[None, :, None] * N + n[None, None, :]
+    in_en = in_e[None, :, None] & in_n[None, None, :]
+    A2 = tl.load(A_ptr + en, mask=in_en, other=0.0).to(tl.float32) * LOG2E
+    bias = tl.zeros((BLOCK_E,), tl.float32)
+    if bias_ptr is not None:
+        bias += tl.load(bias_ptr + e, mask=in_e, other=0.0).to(tl.float32)
+    D = tl.zeros((BLOCK_E,), tl.float32)
+    if D_ptr is not None:
+        D += tl.load(D_ptr + e, mask=in_e, other=0.0).to(tl.float32)
+
+    leaving = tl.zeros((1, BLOCK_E, BLOCK_N), tl.float32)
+    if dfinal_ptr is not None:
+        leaving += tl.load(dfinal_ptr + row * size + en, mask=in_en, other=0.0).to(tl.float32)
+    if carry_ptr is not None:
+        carry_ptr += row.to(tl.int64) * segments * 2 * size
+        for after in range(segments - 1, segment, -1):
+            at_segment = carry_ptr + after * 2 * size
+            decay = tl.load(at_segment + en, mask=in_en, other=0.0)
+            leaving = decay * leaving + tl.load(at_segment + size + en, mask=in_en, other=0.0)
+    k = tl.sum(leaving, axis=0)
+
+    dy_ptr += batch * dy_b + first * dy_t
+    x_ptr += batch * x_b + first * x_t
+    dt_ptr += batch * dt_b + first * dt_t
+    B_ptr += batch * B_b + first * B_t
+    C_ptr += batch * C_b + first * C_t
+    if z_ptr is not None:
+        z_ptr += batch * z_b + first * z_t
+    first += batch * T
+    # Scratch is laid out as the program likes it, so no mask is needed.
+    own = tl.arange(0, BLOCK_E)[None, :, None] * BLOCK_N + n[None, None, :]
+    scratch_ptr += tl.program_id(0).to(tl.int64) * (CHUNK // BLOCK_T * BLOCK_E * BLOCK_N)
+
+    dA = tl.zeros((1, BLOCK_E, BLOCK_N), tl.float32)
+    dD = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
+    dbias = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
+    chunks = tl.cdiv(end - start, CHUNK)
+    for reverse_chunk in range(0, chunks):
+        chunk = chunks - 1 - reverse_chunk
+        c0 = start + chunk * CHUNK
+        tiles = tl.cdiv(tl.minimum(end - c0, CHUNK), BLOCK_T)
+        entering = tl.load(saved_ptr + chunk * size + en, mask=in_en, other=0.0)
+        h = tl.sum(entering, axis=0)
+        for tile in range(0, tiles - 1):
+            tl.store(scratch_ptr + tile * (BLOCK_E * BLOCK_N) + own, h[None, :, :])
+            at = c0 + tile * BLOCK_T + t
+            long = tl.cast(c0 + tile * BLOCK_T, tl.int64)
+            inside = (at < end)[:, None] & in_e[None, :]
+            real = inside
+            if mask_ptr is not None:
+                real &= tl.load(mask_ptr + first + at, mask=at < end, other=0)[:, None] != 0
+            x = _load_rows(x_ptr + long * x_t, x_t, t, e, inside)
+            raw = _load_rows(dt_ptr + long * dt_t, dt_t, t, e, inside)
+            B = _load_rows(B_ptr + long * B_t, B_t, t, n, (at < end)[:, None] & in_n[None, :])
+            drops = tl.zeros((BLOCK_T,), tl.float32)
+            if seq_ptr is not None:
+                drops = _document_drops(seq_ptr, at, first, length)
+            delta = _step_size(raw, bias, real, lowest, highest, SOFTPLUS, CLAMP)
+            a = _decays(delta, A2, drops, seq_ptr is not None)
+            b = (delta * x)[:, :, None] * B[:, None, :]
+            for i in tl.static_range(BLOCK_T):
+                h = _row(a, i) * h + _row(b, i)
+        tl.store(scratch_ptr + (tiles - 1) * (BLOCK_E * BLOCK_N) + own, h[None, :, :])
+        tl.debug_barrier()
+
+        for reverse in range(0, tiles):
+            tile = tiles - 1 - reverse
+            at = c0 + tile * BLOCK_T + t
+            long = tl.cast(c0 + tile * BLOCK_T, tl.int64)
+            inside = (at < end)[:, None] & in_e[None, :]
+            inside_n = (at < end)[:, None] & in_n[None, :]
+            real = inside
+            if mask_ptr is not None:
+                real &= tl.load(mask_ptr + first + at, mask=at < end, other=0)[:, None] != 0
+            x = _load_rows(x_ptr + long * x_t, x_t, t, e, inside)
+            raw = _load_rows(dt_ptr + long * dt_t, dt_t, t, e, inside)
+            B = _load_rows(B_ptr + long * B_t, B_t, t, n, inside_n)
+            C = _load_rows(C_ptr + long * C_t, C_t, t, n, inside_n)
+            dy = _load_rows(dy_ptr + long * dy_t, dy_t, t, e, real)
+            entering = tl.load(scratch_ptr + tile * (BLOCK_E * BLOCK_N) + own)
+            h = tl.sum(entering, axis=0)
+            drops = tl.zeros((BLOCK_T,), tl.float32)
+            if seq_ptr is not None:
+                drops = _document_drops(seq_ptr, at, first, length)
+            delta = _step_size(raw, bias, real, lowest, highest, SOFTPLUS, CLAMP)
+            u = delta * x
+            a = _decays(delta, A2, drops, seq_ptr is not None)
+            b = u[:, :, None] * B[:, None, :]
+            states, held = b, b
+            for i in tl.static_range(BLOCK_T):
+                ah = _row(a, i) * h
+                h = ah + _row(b, i)
+                held = _with_row(held, i, ah)
+                states = _with_row(states, i, h)
+            out = (first + at)[:, None] * E + e[None, :]
+            if z_ptr is not None:
+                z = _load_rows(z_ptr + long * z_t, z_t, t, e, inside)
+                y = tl.sum(states * C[:, None, :], axis=2) + D[None, :] * x
+                open_ = _sigmoid(z)
+                tl.store(dz_ptr + out, dy * y * open_ * (1.0 + z * (1.0 - open_)), mask=inside)
+                dy *= z * open_
+            dC = tl.sum(states * dy[:, :, None], axis=1)
+            cdy = C[:, None, :] * dy[:, :, None]
+            g = cdy
+            for i in tl.static_range(BLOCK_T - 1, -1, -1):
+                gi = _row(cdy, i) + k
+                k = _row(a, i) * gi
+                g = _with_row(g, i, gi)
+            dB = tl.sum(g * u[:, :, None], axis=1)
+            du = tl.sum(g * B[:, None, :], axis=2)
+            exponent = g * held
+            dA += tl.sum(exponent * delta[:, :, None], axis=0)[None, :, :]
+            ddelta = x * du + LN2 * tl.sum(exponent * A2, axis=2)
+            if CLAMP:
+                free = _step_size(raw, bias, real, lowest, highest, SOFTPLUS, False)
+                ddelta = tl.where((free >= lowest) & (free <= highest), ddelta, 0.0)
+            if SOFTPLUS:
+                ddelta *= _sigmoid(raw + bias[None, :])
+            ddelta = tl.where(real, ddelta, 0.0)
+            tl.store(ddt_ptr + out, ddelta, mask=inside)
+            tl.store(dx_ptr + out, D[None, :] * dy + delta * du, mask=inside)
+            dD += dy * x
+            dbias += ddelta
+            share = ((block.to(tl.int64) * tokens + first + at) * 2)[:, None] * N + n[None, :]
+            tl.store(dBC_ptr + share, dB, mask=inside_n)
+            tl.store(dBC_ptr + share + N, dC, mask=inside_n)
+        tl.debug_barrier()
+
+    tl.store(dA_ptr + place.to(tl.int64) * size + en, dA, mask=in_en)
+    if dD_ptr is not None:
+        tl.store(dD_ptr + place.to(tl.int64) * E + e, tl.sum(dD, axis=0), mask=in_e)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + place.to(tl.int64) * E + e, tl.sum(dbias, axis=0), mask=in_e)
+    if dinitial_ptr is not None and segment == 0:
+        tl.store(dinitial_ptr + row * size + en, k[None, :, :], mask=in_en)

@@ -1,0 +1,344 @@
+"""The selective scan's kernels as torch operators: launches, shapes for tracing, gradients."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssm_hf.ops.launch import (
+    KERNEL_DTYPES,
+    check_tensors,
+    on_device,
+    processors,
+    tuned,
+    unsupported_dtypes,
+)
+from ssm_hf.ops.packing import document_numbers
+from ssm_hf.ops.selective_scan.kernels import selective_scan_fwd_kernel
+from ssm_hf.ops.selective_scan.kernels_bwd import (
+    selective_scan_bwd_kernel,
+    selective_scan_carry_kernel,
+)
+
+# Triton's annotations do not know that plain values may stand for constants.
+_fwd_kernel: Any = selective_scan_fwd_kernel
+_carry_kernel: Any = selective_scan_carry_kernel
+_bwd_kernel: Any = selective_scan_bwd_kernel
+
+LARGEST_STATE = 256
+CHUNK = 64  # tokens between two saved states
+
+
+def why_unsupported(A: Tensor, *others: Tensor | None) -> str | None:
+    """Reason why the kernels cannot take these tensors; None when they can."""
+    if A.shape[1] > LARGEST_STATE:
+        return f"its kernels take state sizes up to {LARGEST_STATE}, got N={A.shape[1]}"
+    return unsupported_dtypes(A, *others)
+
+
+def _options(kernel: str, device: torch.device, channels: int, states: int) -> dict[str, Any]:
+    """Launch options; STATES is the number of states a program owns, shared out over channels."""
+    options: dict[str, Any] = dict(tuned(kernel, "default", device))
+    block_n = 1 << (states - 1).bit_length()
+    block_e = min(options.pop("STATES") // block_n, 1 << (channels - 1).bit_length())
+    return {**options, "BLOCK_N": block_n, "BLOCK_E": max(block_e, 1)}
+
+
+def _rows(v: Tensor) -> Tensor:
+    return v if v.stride(-1) == 1 else v.contiguous()
+
+
+def _flat(v: Tensor | None) -> Tensor | None:
+    return None if v is None else v.contiguous()
+
+
+def _strides(*tensors: Tensor | None) -> list[int]:
+    return [s for v in tensors for s in ((0, 0) if v is None else v.stride()[:2])]
+
+
+def _number_of_rows(x: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Sequences with a state of their own."""
+    return x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+
+
+def _outputs(
+    x: Tensor, A: Tensor, cu_seqlens: Tensor | None, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, final state, and room for the state before every chunk of tokens, if wanted."""
+    batch, length, inner = x.shape
+    rows, places = _number_of_rows(x, cu_seqlens), 0
+    if save:
+        places = batch * -(-length // CHUNK) if cu_seqlens is None else length // CHUNK + rows
+    final, saved = (x.new_empty(n, inner, A.shape[1], dtype=torch.float32) for n in (rows, places))
+    return x.new_empty(x.shape), final, saved
+
+
+@torch.library.custom_op("ssm_hf::selective_scan_fwd", mutates_args=())
+def _forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    dt_softplus: bool,
+    lowest: float,
+    highest: float,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> y, final state (rows, I, N) and, with `save`, the state before every chunk of tokens."""
+    y, final, saved = _outputs(x, A, cu_seqlens, save)
+    rows, inner, states = final.shape
+    options = _options("selective_scan_fwd", x.device, inner, states)
+    x, dt, B, C = (_rows(v) for v in (x, dt, B, C))
+    z = None if z is None else _rows(z)
+    grid = (rows * -(-inner // options["BLOCK_E"]),)
+    with on_device(x):
+        _fwd_kernel[grid](
+            x,
+            dt,
+            A.contiguous(),
+            B,
+            C,
+            _flat(D),
+            z,
+            _flat(dt_bias),
+            _flat(initial_state),
+            _flat(seq_idx),
+            _flat(cu_seqlens),
+            _flat(mask),
+            y,
+            final,
+            saved if save else None,
+            *_strides(x, dt, B, C, z),
+            x.shape[1],
+            inner,
+            states,
+            lowest,
+            highest,
+            CHUNK=CHUNK,
+            SOFTPLUS=dt_softplus,
+            CLAMP=lowest > 0 or not math.isinf(highest),
+            **options,
+        )
+    return y, final, saved
+
+
+@_forward.register_fake
+def _(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, cu_seqlens, mask, dt_softplus, lowest,
+      highest, save):  # pyright: ignore  # fmt: skip
+    return _outputs(x, A, cu_seqlens, save)
+
+
+def _segments(programs: int, length: int, device: torch.device) -> int:
+    """Pieces to cut rows of about `length` tokens into, so that every multiprocessor has work."""
+    wanted = -(-processors(device) * 4 // programs)
+    return max(1, min(wanted, length // (4 * CHUNK)))
+
+
+@torch.library.custom_op("ssm_hf::selective_scan_bwd", mutates_args=())
+def _backward(
+    dy: Tensor,
+    dfinal: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    saved: Tensor,
+    dt_softplus: bool,
+    lowest: float,
+    highest: float,
+) -> list[Tensor]:
+    """-> gradients of x, dt, A, B, C, D, z, dt_bias and initial_state; empty where None came in."""
+    batch, length, inner = x.shape
+    states = A.shape[1]
+    rows = _number_of_rows(x, cu_seqlens)
+    options = _options("selective_scan_bwd", x.device, inner, states)
+    carry_options = _options("selective_scan_carry", x.device, inner, states)
+    blocks = -(-inner // options["BLOCK_E"])
+    segments = _segments(rows * blocks, batch * length // rows, x.device)
+    dy, x, dt, B, C = (_rows(v) for v in (dy, x, dt, B, C))
+    z = None if z is None else _rows(z)
+    A = A.contiguous()
+    D, dt_bias, seq_idx, cu_seqlens, mask, dfinal = (
+        _flat(v) for v in (D, dt_bias, seq_idx, cu_seqlens, mask, dfinal)
+    )
+    wide: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
+    limits = {
+        "SOFTPLUS": dt_softplus,
+        "CLAMP": lowest > 0 or not math.isinf(highest),
+    }
+    carry = None
+    dx, ddt = x.new_empty(x.shape), dt.new_empty(dt.shape)
+    dz = None if z is None else z.new_empty(z.shape)
+    dBC = torch.empty(blocks, batch, length, 2, states, **wide)
+    dA = torch.empty(rows * segments, inner, states, **wide)
+    dD = None if D is None else torch.empty(rows * segments, inner, **wide)
+    dbias = None if dt_bias is None else torch.empty(rows * segments, inner, **wide)
+    dinitial = None if initial_state is None else torch.empty(rows, inner, states, **wide)
+    tiles = CHUNK // options["BLOCK_T"]
+    programs = rows * segments * blocks
+    scratch = torch.empty(programs, tiles, options["BLOCK_E"], options["BLOCK_N"], **wide)
+    with on_device(x):
+        if segments > 1:
+            carry = torch.empty(rows, segments, 2, inner, states, **wide)
+            _carry_kernel[(rows * segments * -(-inner // carry_options["BLOCK_E"]),)](
+                dy,
+                dt,
+                A,
+                C,
+                z,
+                dt_bias,
+                seq_idx,
+                cu_seqlens,
+                mask,
+                carry,
+                *_strides(dy, dt, C, z),
+                length,
+                inner,
+                states,
+                segments,
+                lowest,
+                highest,
+                CHUNK=CHUNK,
+                **limits,
+                **carry_options,
+            )
+        _bwd_kernel[(programs,)](
+            dy,
+            dfinal,
+            x,
+            dt,
+            A,
+            B,
+            C,
+            D,
+            z,
+            dt_bias,
+            seq_idx,
+            cu_seqlens,
+            mask,
+            saved,
+            carry,
+            scratch,
+            dx,
+            ddt,
+            dz,
+            dBC,
+            dA,
+            dD,
+            dbias,
+            dinitial,
+            *_strides(dy, x, dt, B, C, z),
+            batch * length,
+            length,
+            inner,
+            states,
+            segments,
+            lowest,
+            highest,
+            CHUNK=CHUNK,
+            **limits,
+            **options,
+        )
+    dBC = dBC.sum(0)
+    given = (
+        (dx, x),
+        (ddt, dt),
+        (dA.sum(0), A),
+        (dBC[:, :, 0], B),
+        (dBC[:, :, 1], C),
+        (None if dD is None else dD.sum(0), D),
+        (dz, z),
+        (None if dbias is None else dbias.sum(0), dt_bias),
+        (dinitial, initial_state),
+    )
+    return [x.new_empty(0) if g is None or of is None else _copy_to(g, of.dtype) for g, of in given]
+
+
+def _copy_to(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous, in the input's dtype: outputs of an operator must not share memory."""
+    return grad.to(dtype).contiguous()
+
+
+@_backward.register_fake
+def _(dy, dfinal, x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, cu_seqlens, mask, saved,
+      dt_softplus, lowest, highest):  # pyright: ignore  # fmt: skip
+    inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state)
+    return [x.new_empty(0) if v is None else v.new_empty(v.shape) for v in inputs]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.dt_softplus, ctx.lowest, ctx.highest, _ = inputs
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[2])
+
+
+def _gradients(
+    ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    *inputs, saved = ctx.saved_tensors
+    if dy is None:
+        dy = torch.zeros_like(inputs[0])
+    grads = torch.ops.ssm_hf.selective_scan_bwd(
+        dy, dfinal, *inputs, saved, ctx.dt_softplus, ctx.lowest, ctx.highest
+    )
+    given = [None if v is None else g for v, g in zip(inputs[:9], grads, strict=True)]
+    return *given, *(None,) * 7
+
+
+_forward.register_autograd(_gradients, setup_context=_setup)
+
+
+def selective_scan_triton(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The scan on a GPU: y in x's dtype and the final state in fp32; see `selective_scan`."""
+    inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state)
+    names = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
+    check_tensors(
+        "selective_scan",
+        KERNEL_DTYPES,
+        **dict(zip(names, inputs, strict=True)),
+        seq_idx=seq_idx,
+        cu_seqlens=cu_seqlens,
+        mask=mask,
+    )
+    if seq_idx is not None and mask is not None:
+        # Between two tokens of a document there may be pads with any number.
+        seq_idx = document_numbers(seq_idx, mask)
+    save = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)
+    lowest, highest = dt_limit
+    y, state, _ = _forward(
+        *inputs, seq_idx, cu_seqlens, mask, dt_softplus, float(lowest), float(highest), save
+    )
+    return y, state
