@@ -19,13 +19,15 @@ class ModelConfig:
     config: config.json of a model built from scratch.
     checkpoint: directory (or Hub name) of a model to finetune.
     gradient_checkpointing: recompute each block in the backward pass to save memory.
-    compile: torch.compile of the repeated blocks.
+    execution: how a training pass runs. "graph" captures it in a CUDA graph once and replays it,
+        which spares the host all launches; "compile" is torch.compile of the repeated blocks;
+        "eager" neither; "auto" is "graph" on GPUs that each hold the whole model, else "eager".
     """
 
     config: str | None = None
     checkpoint: str | None = None
     gradient_checkpointing: bool = False
-    compile: bool = False
+    execution: Literal["auto", "eager", "compile", "graph"] = "auto"
 
 
 @dataclass(kw_only=True)

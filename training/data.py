@@ -427,15 +427,17 @@ class TrainingData(NamedTuple):
     ) -> tuple[DataLoader, DataLoader | None]:
         """Loaders of micro-batches for training, from sample number `start` on, and evaluation.
         Accelerate deals the micro-batches out to the processes in turn."""
+        # Copies from pinned memory do not wait for what the GPU is doing.
+        options = {"batch_size": batch_size, "pin_memory": torch.cuda.is_available()}
         if isinstance(self.train, StreamRows):
             self.train.start = start
-            train = DataLoader(self.train, batch_size=batch_size)
+            train = DataLoader(self.train, **options)
         else:
             order = RowOrder(len(self.train), seed, start)
-            train = DataLoader(self.train, batch_size=batch_size, sampler=order)
+            train = DataLoader(self.train, sampler=order, **options)
         if self.evaluation is None:
             return train, None
-        return train, DataLoader(self.evaluation, batch_size=batch_size)
+        return train, DataLoader(self.evaluation, **options)
 
 
 def prepare_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> TrainingData:

@@ -16,8 +16,15 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, TorchDynamoPlugin, broadcast, set_seed
-from torch import nn
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedType,
+    ProjectConfiguration,
+    TorchDynamoPlugin,
+    broadcast,
+    set_seed,
+)
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import (
@@ -47,6 +54,7 @@ from training.data import (
     write_heldout,
     write_seen_tokens,
 )
+from training.graph import Batch, FlatGradients, GraphedPass, Pass
 from training.metrics import Meter, RunLog, heldout_loss, write_samples
 from training.packing import IGNORED, PackedRows
 from training.schedule import lr_factor, run_progress
@@ -77,9 +85,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     optimizer = build_optimizer(model, config.optimizer, accelerator.device)
     meter = Meter(config, model.flops_per_token(config.data.seq_len), accelerator)
     loader, eval_loader = data.loaders(config.seed, config.micro_batch_size, state.samples)
-    model, optimizer, loader, eval_loader = accelerator.prepare(
-        model, optimizer, loader, eval_loader
-    )
+    execution = how_to_run(config, accelerator)
+    if execution == "graph":
+        # Replays meet no hooks: without those of DistributedDataParallel.
+        model = accelerator.prepare_model(model, evaluation_mode=True)
+        optimizer, loader, eval_loader = accelerator.prepare(optimizer, loader, eval_loader)
+    else:
+        model, optimizer, loader, eval_loader = accelerator.prepare(
+            model, optimizer, loader, eval_loader
+        )
     keep_weights_out_of_state(accelerator)
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint / "state"))
@@ -90,20 +104,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     accelerator.init_trackers("ssm_hf", config=flatten(asdict(config)))
     log = RunLog(run_dir / "log.jsonl", accelerator, resumes=checkpoint is not None)
     log.write("start" if checkpoint is None else "resume", state.step, data=identity)
+    run_pass, gradients = forward_backward(accelerator, model), None
+    if execution == "graph":
+        run_pass, gradients = GraphedPass(run_pass), FlatGradients(model.parameters())
     log.say(
         f"{config.run_dir}: {type(accelerator.unwrap_model(model)).__name__} of "
         f"{sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{data.summary()}, step {state.step} of at most {config.max_steps}"
     )
 
-    run = Run(config, run_dir, accelerator, model, optimizer, tokenizer, data, eval_loader, log)
+    run = Run(
+        config=config,
+        run_dir=run_dir,
+        accelerator=accelerator,
+        model=model,
+        forward_backward=run_pass,
+        gradients=gradients,
+        optimizer=optimizer,
+        tokenizer=tokenizer,
+        data=data,
+        eval_loader=eval_loader,
+        log=log,
+    )
     train(run, iter(loader), state, meter)
 
     finish(run, state)
     accelerator.end_training()
 
 
-Batch = dict[str, torch.Tensor]
+# Every process holds all parameters.
+WHOLE_MODELS = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
 class Run(NamedTuple):
@@ -113,6 +143,8 @@ class Run(NamedTuple):
     run_dir: Path
     accelerator: Accelerator
     model: nn.Module
+    forward_backward: Pass
+    gradients: FlatGradients | None
     optimizer: torch.optim.Optimizer
     tokenizer: PreTrainedTokenizerBase
     data: TrainingData
@@ -137,8 +169,9 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
             project_dir=config.run_dir, logging_dir=str(Path(config.run_dir) / "tracking")
         ),
         dynamo_plugin=TorchDynamoPlugin(backend="inductor", use_regional_compilation=True)
-        if config.model.compile
+        if config.model.execution == "compile"
         else None,
+        dataloader_config=DataLoaderConfiguration(non_blocking=torch.cuda.is_available()),
     )
     per_forward = config.micro_batch_size * accelerator.num_processes
     if config.batch_size % per_forward:
@@ -148,6 +181,20 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         )
     accelerator.gradient_accumulation_steps = config.batch_size // per_forward
     return accelerator
+
+
+def how_to_run(config: TrainConfig, accelerator: Accelerator) -> str:
+    """`model.execution`, with "auto" decided."""
+    execution = config.model.execution
+    can_graph = accelerator.device.type == "cuda" and accelerator.distributed_type in WHOLE_MODELS
+    if execution == "graph" and not can_graph:
+        raise ValueError(
+            'model.execution is "graph", which needs CUDA devices that each hold the whole model, '
+            f"got {accelerator.device.type} and {accelerator.distributed_type.value}"
+        )
+    if execution == "auto":
+        return "graph" if can_graph else "eager"
+    return execution
 
 
 def build_model(
@@ -194,26 +241,45 @@ def build_optimizer(
 # --- loop -----------------------------------------------------------------------------------------
 
 
+class Launched(NamedTuple):
+    """A step that the device may still be working on. result: loss and gradient norm, (2,) on the
+    host once `ready` has passed."""
+
+    step: int
+    lr: float
+    tokens: int
+    result: Tensor
+    ready: torch.cuda.Event | None
+
+
 def train(run: Run, batches: Iterator[Batch], state: TrainerState, meter: Meter) -> None:
-    """Take steps until max_steps or max_minutes; log, evaluate and save on the way."""
+    """Take steps until max_steps or max_minutes; log, evaluate and save on the way.
+
+    A GPU is given the next step before the last one's figures are read, so it never waits for the
+    host. Steps that are not finite change nothing (`step_if_finite`), so nothing is lost by
+    learning of them one step late.
+    """
     config = run.config
     began = time.monotonic() - state.elapsed_seconds
-    skipped_in_a_row = 0
     is_quiet = not run.accelerator.is_main_process
     bar = tqdm(total=config.max_steps, initial=state.step, unit="step", disable=is_quiet)
-    while (progress := shared_progress(run, state)) < 1:
-        step_began = time.monotonic()
-        factor = lr_factor(config.schedule, state.step, config.max_steps, progress)
-        lr = config.optimizer.lr * factor
-        for group in run.optimizer.param_groups:
-            group["lr"] = lr
-        loss, grad_norm, applied = train_step(run, batches)
-        meter.add(time.monotonic() - step_began, loss if applied else None)
+    skipped_in_a_row = 0
+    behind: Launched | None = None
+    mark = time.monotonic()
 
-        state.step += 1
-        state.samples += config.batch_size
-        state.tokens += config.batch_size * config.data.seq_len
-        state.elapsed_seconds = time.monotonic() - began
+    def settle() -> None:
+        """Wait for the step that was launched last, and write down how it went."""
+        nonlocal behind, mark, skipped_in_a_row
+        if behind is None:
+            return
+        step, lr, tokens, result, ready = behind
+        behind = None
+        if ready is not None:
+            ready.synchronize()
+        loss, grad_norm = result.tolist()
+        applied = math.isfinite(loss) and math.isfinite(grad_norm)
+        meter.add(time.monotonic() - mark, loss if applied else None)
+        mark = time.monotonic()
         bar.update()
         bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{meter.tokens_per_s:,.0f}", refresh=False)
         if applied:
@@ -222,25 +288,57 @@ def train(run: Run, batches: Iterator[Batch], state: TrainerState, meter: Meter)
             skipped_in_a_row += 1
             state.skipped += 1
             # As text: JSON has no NaN.
-            run.log.write("skip", state.step, loss=str(loss), grad_norm=str(grad_norm))
+            run.log.write("skip", step, loss=str(loss), grad_norm=str(grad_norm))
         if skipped_in_a_row == config.max_skipped_steps:
             raise RuntimeError(
-                f"step {state.step}: {skipped_in_a_row} steps in a row had a loss or gradient that "
+                f"step {step}: {skipped_in_a_row} steps in a row had a loss or gradient that "
                 f"is not finite (now loss {loss}, gradient norm {grad_norm}); "
                 "lower optimizer.lr, or look at the data of these steps"
             )
-
-        if state.step % config.log_every == 0 and applied:
-            where = {"tokens": state.tokens, "elapsed_s": state.elapsed_seconds}
+        if step % config.log_every == 0 and applied:
+            where = {"tokens": tokens, "elapsed_s": time.monotonic() - began}
             rates = {"lr": lr, "grad_norm": grad_norm, "skipped": state.skipped}
-            run.log.write("train", state.step, **meter.drain(), **rates, **where)
+            run.log.write("train", step, **meter.drain(), **rates, **where)
+
+    while (progress := shared_progress(run, state)) < 1:
+        factor = lr_factor(config.schedule, state.step, config.max_steps, progress)
+        lr = config.optimizer.lr * factor
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr
+        result = train_step(run, batches)
+        state.step += 1
+        state.samples += config.batch_size
+        state.tokens += config.batch_size * config.data.seq_len
+        launched = Launched(state.step, lr, state.tokens, *to_host(result))
+        settle()
+        behind = launched
+        # A CPU has done the step by now; and who looks at the model waits for it anyway.
         is_last = state.step == config.max_steps  # finish() evaluates
-        if config.eval_every and state.step % config.eval_every == 0 and not is_last:
-            evaluate(run, state)
-        if config.save_every and state.step % config.save_every == 0:
-            save(run, state)
+        evaluates = config.eval_every and state.step % config.eval_every == 0 and not is_last
+        saves = config.save_every and state.step % config.save_every == 0
+        if launched.ready is None or evaluates or saves:
+            settle()
         state.elapsed_seconds = time.monotonic() - began
+        if evaluates:
+            evaluate(run, state)
+        if saves:
+            save(run, state)
+        if evaluates or saves:
+            mark = time.monotonic()
+        state.elapsed_seconds = time.monotonic() - began
+    settle()
     bar.close()
+
+
+def to_host(result: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """A copy on the host, and the event after which it holds the values (None: it does)."""
+    if result.device.type != "cuda":
+        return result, None
+    copy = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
+    copy.copy_(result, non_blocking=True)
+    ready = torch.cuda.Event()
+    ready.record()
+    return copy, ready
 
 
 def shared_progress(run: Run, state: TrainerState) -> float:
@@ -255,38 +353,60 @@ def shared_progress(run: Run, state: TrainerState) -> float:
     return float(broadcast(clock))
 
 
-def train_step(run: Run, batches: Iterator[Batch]) -> tuple[float, float, bool]:
-    """One optimiser step over the whole batch.
+def train_step(run: Run, batches: Iterator[Batch]) -> Tensor:
+    """One optimiser step over the whole batch, launched but not waited for.
 
     Returns:
-        mean loss per target of the whole batch, gradient norm before clipping, and whether the step
-        was taken: it is not when either is not finite.
+        (2,) fp32: mean loss per target of the whole batch, gradient norm before clipping.
     """
-    accelerator, model, optimizer = run.accelerator, run.model, run.optimizer
+    accelerator = run.accelerator
     micro_batches = [next(batches) for _ in range(accelerator.gradient_accumulation_steps)]
     counts = torch.stack([(batch["labels"] != IGNORED).sum() for batch in micro_batches])
-    total = accelerator.reduce(counts.sum(), "sum")
     # Each micro-batch's mean loss weighs as much as it has targets, so the step is the same however
-    # the batch is cut. The factor undoes the averages over micro-batches and processes.
-    shares = counts / total
-    undo_mean = len(micro_batches) * accelerator.num_processes
+    # the batch is cut.
+    shares = counts / accelerator.reduce(counts.sum(), "sum")
     loss = torch.zeros((), device=accelerator.device)
-    norm: Any = math.nan
     for batch, share in zip(micro_batches, shares, strict=True):
-        with accelerator.accumulate(model):
-            mean_loss = model(**batch, use_cache=False).loss
-            loss += mean_loss.detach() * share
-            accelerator.backward(mean_loss * share * undo_mean)
-            if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(
-                    model.parameters(), run.config.optimizer.grad_clip
-                )
-    mean, norm = float(accelerator.reduce(loss, "sum")), float(norm)
-    applied = math.isfinite(mean) and math.isfinite(norm)
-    if applied:
+        with accelerator.accumulate(run.model):
+            loss += run.forward_backward(batch, share)
+    if run.gradients is not None and accelerator.num_processes > 1:
+        run.gradients.average_()
+    norm = accelerator.clip_grad_norm_(run.model.parameters(), run.config.optimizer.grad_clip)
+    # Sharded gradients have a sharded norm, and DeepSpeed's is a number.
+    norm = getattr(norm, "full_tensor", lambda: norm)()
+    result = torch.stack([accelerator.reduce(loss, "sum"), torch.as_tensor(norm).to(loss)])
+    step_if_finite(run, torch.isfinite(result).all())
+    if run.gradients is None:
+        run.optimizer.zero_grad()
+    else:
+        run.gradients.zero_()
+    return result
+
+
+def forward_backward(accelerator: Accelerator, model: nn.Module) -> Pass:
+    """The pass over one micro-batch: adds its share of the step's gradient, returns that of the
+    loss. The factor undoes the averages over micro-batches and processes."""
+    undo_mean = accelerator.gradient_accumulation_steps * accelerator.num_processes
+
+    def run(batch: Batch, share: Tensor) -> Tensor:
+        loss = model(**batch, use_cache=False, return_logits=False).loss * share
+        accelerator.backward(loss * undo_mean)
+        return loss.detach()
+
+    return run
+
+
+def step_if_finite(run: Run, finite: Tensor) -> None:
+    """Update the parameters where `finite` () is True, else leave them and the moments alone."""
+    optimizer: Any = run.optimizer
+    is_fused = all(group.get("fused") for group in optimizer.param_groups)
+    if is_fused and run.accelerator.distributed_type in WHOLE_MODELS:
+        # What gradient scaling uses to drop a step: the fused update reads it on the device, so the
+        # host need not wait for the backward pass.
+        optimizer.optimizer.found_inf = 1 - finite.float()
         optimizer.step()
-    optimizer.zero_grad()
-    return mean, norm, applied
+    elif bool(finite):
+        optimizer.step()
 
 
 def evaluate(run: Run, state: TrainerState) -> float | None:

@@ -82,7 +82,10 @@ def test_unknown_key_is_refused_with_the_closest_one(recipe, key, closest, where
         (["--max_steps", "1.5"], "--max_steps: expected a whole number, got 1.5"),
         (["--max_steps", "true"], "--max_steps: expected a whole number, got True"),
         (["--optimizer.lr", "fast"], "--optimizer.lr: expected a number, got 'fast'"),
-        (["--model.compile", "1"], "--model.compile: expected true or false, got 1"),
+        (
+            ["--model.gradient_checkpointing", "1"],
+            "--model.gradient_checkpointing: expected true or false, got 1",
+        ),
         (["--precision", "fp16"], "--precision: expected one of 'fp32', 'bf16', got 'fp16'"),
         (["--optimizer.betas", "[0.9, x]"], r"betas\[1\]: expected a number, got 'x'"),
         (["--max_steps"], "--max_steps has no value"),
