@@ -23,12 +23,18 @@ FLOORS = {
     "sequence": {"ops"},
     "cache": set(),
     "layers": {"ops", "cache", "sequence", "layers"},
-    "models": {"ops", "cache", "sequence", "layers", "models"},
+    "generation": {"ops", "cache", "layers", "generation"},
+    "models": {"ops", "cache", "sequence", "layers", "generation", "models"},
     "convert": {"models"},
     "__init__": {"ops", "cache", "sequence", "models", "tokenizer"},
 }
-SHARED_BY_MODELS = {"backbone", "checkpoint", "configuration"}
-OUTSIDE = {"training": {"eval.tasks"}, "eval": set(), "benchmarks": set(), "examples": set()}
+SHARED_BY_MODELS = {"backbone", "checkpoint", "configuration", "generating"}
+OUTSIDE = {
+    "training": {"eval.tasks"},
+    "eval": set(),
+    "benchmarks": {"training.graph", "training.peaks"},
+    "examples": set(),
+}
 
 
 def _tree(name: str) -> ast.Module:

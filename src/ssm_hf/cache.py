@@ -40,6 +40,7 @@ class RecurrentLayer:
         self._inputs: dict[str, Tensor] = {}  # (B, tokens, ...) each
         self._constants: dict[str, Tensor] = {}
         self._replay: Replay | None = None
+        self._tickets: Tensor | None = None
 
     def __repr__(self) -> str:
         shapes = {name: tuple(t.shape) for name, t in self.state.items()}
@@ -83,6 +84,17 @@ class RecurrentLayer:
                 self.state[name] = new.detach().clone(memory_format=torch.contiguous_format)
             else:
                 old.copy_(new)
+
+    def tickets(self, batch: int, groups: int, device: torch.device) -> Tensor:
+        """int32 zeros (B, G) for a kernel whose programs count themselves and leave 0 behind.
+
+        They belong to the layer because two calls on one state never run at the same time.
+        """
+        held = self._tickets
+        if held is None or held.shape != (batch, groups) or held.device != device:
+            held = torch.zeros(batch, groups, dtype=torch.int32, device=device)
+            self._tickets = held
+        return held
 
     def record(
         self, replay: Replay, inputs: dict[str, Tensor], constants: dict[str, Tensor]
@@ -222,6 +234,15 @@ class RecurrentCache(Cache):
         self.seen_tokens = 0
         layers = [RecurrentLayer(record_window) for _ in range(config.num_hidden_layers)]  # pyright: ignore[reportAttributeAccessIssue]
         super().__init__(layers=layers)  # pyright: ignore[reportArgumentType]
+
+    @classmethod
+    def like(cls, cache: "RecurrentCache") -> "RecurrentCache":
+        """An empty cache with as many layers."""
+        empty = cls.__new__(cls)
+        empty.seen_tokens = 0
+        layers = [RecurrentLayer(layer.record_window) for layer in cache.layers]
+        Cache.__init__(empty, layers=layers)  # pyright: ignore[reportArgumentType]
+        return empty
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen, pads included."""

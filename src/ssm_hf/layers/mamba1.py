@@ -3,11 +3,10 @@
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from ssm_hf.cache import RecurrentCache, State
+from ssm_hf.cache import RecurrentCache, RecurrentLayer, State
 from ssm_hf.layers.init import dt_bias_values
 from ssm_hf.layers.linear import Linear
 from ssm_hf.layers.mixer import (
@@ -15,16 +14,21 @@ from ssm_hf.layers.mixer import (
     Initialization,
     Mixer,
     StepProjection,
+    all_plain,
     is_plain_step,
     recorded_mask,
     replayed_window,
     reset_conv,
     reset_linear,
     reset_out_proj,
+    with_state,
 )
+from ssm_hf.layers.norm import ResidualNorm
 from ssm_hf.ops import selective_scan
-from ssm_hf.ops.dispatch import pick
-from ssm_hf.ops.packing import compute_dtype, in_given_precision
+from ssm_hf.ops.causal_conv1d.step import causal_conv1d_step_
+from ssm_hf.ops.norm_linear import few_rows, norm_linear
+from ssm_hf.ops.packing import compute_dtype
+from ssm_hf.ops.selective_scan.step import mamba1_step
 from ssm_hf.sequence import SequenceInfo
 
 
@@ -121,19 +125,21 @@ class Mamba1Mixer(Mixer):
         """Mix x (B, T, D); with a cache, continue from its state and update it."""
         hidden, z = self.in_proj(x).chunk(2, dim=-1)
         layer, state = self._layer(past_key_values, hidden)
+        if layer is not None and is_plain_step(x, seq, layer) and all_plain(self.conv1d):
+            return self.out_proj(self._step(hidden[:, 0], z[:, 0], layer)[:, None])
         conv_in = hidden
-        hidden, conv_state = self.conv1d(hidden, seq, state.get("conv_state"))
+        keep = layer is not None
+        hidden, conv_state = self.conv1d(hidden, seq, state.get("conv_state"), keep)
         low, B, C = self.x_proj(hidden).split(
             [self.time_step_rank, self.state_size, self.state_size], dim=-1
         )
-        dt = self.dt_proj(low)
-        if layer is not None and is_plain_step(x, seq, layer):
-            state["conv_state"].copy_(conv_state)
-            step = pick("selective_scan", "auto", x.device, reference=self._step)
-            y = in_given_precision(step)(hidden, dt, B, C, state["ssm_state"]) * F.silu(z)
-            return self.out_proj(y.to(z.dtype))
+        # A scan adds the bias as it reads; one with an adapter or a quantised weight comes whole.
+        if type(self.dt_proj) is StepProjection:
+            dt, dt_bias = self.dt_proj(low, add_bias=False), self.dt_proj.bias
+        else:
+            dt, dt_bias = self.dt_proj(low), None
         A = -torch.exp(self.A_log.to(compute_dtype(self.A_log)))
-        y, ssm_state = selective_scan(
+        scanned = selective_scan(
             hidden,
             dt,
             A,
@@ -141,29 +147,78 @@ class Mamba1Mixer(Mixer):
             C,
             D=self.D,
             z=z,
+            dt_bias=dt_bias,
             dt_softplus=True,
             initial_state=state.get("ssm_state"),
             seq_idx=seq.seq_idx,
             mask=seq.mask,
-            return_final_state=True,
+            return_final_state=keep,
         )
+        y, ssm_state = with_state(scanned)
         if layer is not None:
             if layer.record_past:
                 inputs = {"conv_in": conv_in, "x": hidden, "dt": dt, "B": B}
                 inputs["mask"] = recorded_mask(seq, x)
-                layer.record(_replay, inputs, {"A": A, **self.conv1d.replay_constants(conv_in)})
+                constants = {"A": A, **self.conv1d.replay_constants(conv_in)}
+                if dt_bias is not None:
+                    constants["dt_bias"] = dt_bias
+                layer.record(_replay, inputs, constants)
             layer.write({"conv_state": conv_state, "ssm_state": ssm_state})
         return self.out_proj(y)
 
-    def _step(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, h: Tensor) -> Tensor:
-        """The scan and skip of one token, in place on h (B, I, N): x, dt (B, 1, I) -> (B, 1, I)."""
-        x, B, C = (v.to(h.dtype) for v in (x, B, C))
-        dt = F.softplus(dt.to(h.dtype))
-        A = torch.exp(self.A_log.to(h.dtype))
-        h.mul_((dt[:, 0, :, None] * A).neg_().exp_())
-        h.addcmul_((dt * x)[:, 0, :, None], B)
-        y = torch.linalg.vecdot(h, C)[:, None]
-        return torch.addcmul(y, self.D.to(h.dtype), x)
+    def _step(self, x: Tensor, z: Tensor, layer: RecurrentLayer) -> Tensor:
+        """Everything between the outer projections for one token, x, z (B, I) -> (B, I)."""
+        conv = self.conv1d
+        x = causal_conv1d_step_(x, layer.state["conv_state"], conv.weight[:, 0], conv.bias)
+        low, B, C = self.x_proj(x).split(
+            [self.time_step_rank, self.state_size, self.state_size], dim=-1
+        )
+        dt = self.dt_proj(low)
+        h = layer.state["ssm_state"]
+        return mamba1_step(x, dt, B, C, z, h, A_log=self.A_log, D=self.D)
+
+    def residual_step(
+        self, x: Tensor, norm: nn.Module, past_key_values: RecurrentCache
+    ) -> Tensor | None:
+        """Four kernels: norm, in_proj and convolution; x_proj; dt_proj and scan; out_proj, sum."""
+        if not (
+            type(norm) is ResidualNorm
+            and few_rows(x, self.in_proj.weight)
+            and all_plain(norm, self.in_proj, self.conv1d, self.x_proj, self.dt_proj, self.out_proj)
+        ):
+            return None
+        layer, state = self._layer(past_key_values, x[:, :0].to(self.in_proj.weight.dtype))
+        if not is_plain_step(x, SequenceInfo(), layer):
+            return None
+        proj = norm_linear(
+            x[:, 0],
+            self.in_proj.weight,
+            self.in_proj.bias,
+            norm_weight=norm.weight,
+            eps=norm.eps,
+            conv_state=state["conv_state"],
+            conv_weight=self.conv1d.weight[:, 0],
+            conv_bias=self.conv1d.bias,
+            out_dtype=torch.float32,
+        )
+        hidden, z = proj.chunk(2, dim=-1)
+        low, B, C = norm_linear(hidden, self.x_proj.weight).split(
+            [self.time_step_rank, self.state_size, self.state_size], dim=-1
+        )
+        y = mamba1_step(
+            hidden,
+            low,
+            B,
+            C,
+            z,
+            state["ssm_state"],
+            A_log=self.A_log,
+            D=self.D,
+            dt_weight=self.dt_proj.weight,
+            dt_bias=self.dt_proj.bias,
+        )
+        y = norm_linear(y, self.out_proj.weight, self.out_proj.bias, residual=x[:, 0])
+        return y[:, None]
 
 
 def _replay(state: State, inputs: dict[str, Tensor], constants: dict[str, Tensor]) -> State:
@@ -174,6 +229,7 @@ def _replay(state: State, inputs: dict[str, Tensor], constants: dict[str, Tensor
         constants["A"],
         inputs["B"],
         inputs["B"],
+        dt_bias=constants.get("dt_bias"),
         dt_softplus=True,
         initial_state=state.get("ssm_state"),
         mask=inputs["mask"],

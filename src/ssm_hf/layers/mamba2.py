@@ -7,22 +7,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from ssm_hf.cache import RecurrentCache, State
+from ssm_hf.cache import RecurrentCache, RecurrentLayer, State
 from ssm_hf.layers.init import dt_bias_values, log_uniform_values
 from ssm_hf.layers.linear import Linear
 from ssm_hf.layers.mixer import (
     CausalConv1d,
     Initialization,
     Mixer,
+    all_plain,
+    is_plain_step,
     recorded_mask,
     replayed_window,
     reset_conv,
     reset_linear,
     reset_out_proj,
+    with_state,
 )
-from ssm_hf.layers.norm import RMSNorm
+from ssm_hf.layers.norm import ResidualNorm, RMSNorm
 from ssm_hf.ops import ssd
+from ssm_hf.ops.norm_linear import few_rows, norm_linear
 from ssm_hf.ops.packing import compute_dtype
+from ssm_hf.ops.ssd.step import mamba2_step
 from ssm_hf.ops.step_size import step_size
 from ssm_hf.sequence import SequenceInfo
 
@@ -150,17 +155,21 @@ class Mamba2Mixer(Mixer):
         self, x: Tensor, seq: SequenceInfo, past_key_values: RecurrentCache | None = None
     ) -> Tensor:
         """Mix x (B, T, D); with a cache, continue from its state and update it."""
-        gate_mlp, mlp, z, conv_in, dt = self.in_proj(x).split(
+        proj = self.in_proj(x)
+        gate_mlp, mlp, z, conv_in, dt = proj.split(
             [self.mlp_size, self.mlp_size, self.ssm_size, self.conv_size, self.num_heads], dim=-1
         )
         layer, state = self._layer(past_key_values, conv_in)
-        conv_out, conv_state = self.conv1d(conv_in, seq, state.get("conv_state"))
+        if layer is not None and is_plain_step(x, seq, layer) and all_plain(self.conv1d, self.norm):
+            return self.out_proj(self._step(proj[:, 0], layer, self.norm)[:, None])
+        keep = layer is not None
+        conv_out, conv_state = self.conv1d(conv_in, seq, state.get("conv_state"), keep)
         grouped = self.n_groups * self.state_size
         hidden, B, C = conv_out.split([self.ssm_size, grouped, grouped], dim=-1)
         hidden = hidden.unflatten(-1, (self.num_heads, self.head_dim))
         B, C = (v.unflatten(-1, (self.n_groups, self.state_size)) for v in (B, C))
         A = -torch.exp(self.A_log.to(compute_dtype(self.A_log)))
-        y, ssm_state = ssd(
+        scanned = ssd(
             hidden,
             dt,
             A,
@@ -175,8 +184,9 @@ class Mamba2Mixer(Mixer):
             initial_state=state.get("ssm_state"),
             seq_idx=seq.seq_idx,
             mask=seq.mask,
-            return_final_state=True,
+            return_final_state=keep,
         )
+        y, ssm_state = with_state(scanned)
         y = y.flatten(2)
         if self.norm is not None:
             y = self.norm(y, z)
@@ -189,6 +199,69 @@ class Mamba2Mixer(Mixer):
                 layer.record(_replay, inputs, {"A": A, **self.conv1d.replay_constants(conv_in)})
             layer.write({"conv_state": conv_state, "ssm_state": ssm_state})
         return self.out_proj(y)
+
+    def _step(
+        self, proj: Tensor, layer: RecurrentLayer, norm: RMSNorm | None, convolved: bool = False
+    ) -> Tensor:
+        """Everything between the projections for one token, proj (B, in_size) -> (B, I)."""
+        return mamba2_step(
+            proj,
+            layer.state["conv_state"],
+            layer.state["ssm_state"],
+            layer.tickets(proj.shape[0], self.n_groups, proj.device),
+            conv_weight=self.conv1d.weight[:, 0],
+            conv_bias=self.conv1d.bias,
+            dt_bias=self.dt_bias,
+            A_log=self.A_log,
+            D=self.D,
+            n_groups=self.n_groups,
+            dt_limit=self.time_step_limit,
+            norm_weight=None if norm is None else norm.weight,
+            norm_eps=0.0 if norm is None else norm.eps,
+            norm_before_gate=norm is not None and norm.norm_before_gate,
+            convolved=convolved,
+        )
+
+    def residual_step(
+        self, x: Tensor, norm: nn.Module, past_key_values: RecurrentCache
+    ) -> Tensor | None:
+        """Three kernels: norm, in_proj and convolution; the scan; norm, out_proj and sum."""
+        if not (
+            type(norm) is ResidualNorm
+            and few_rows(x, self.in_proj.weight)
+            and all_plain(norm, self.in_proj, self.conv1d, self.norm, self.out_proj)
+            and self.mlp_size == 0
+            and not (self.norm is not None and self.norm.norm_before_gate)
+        ):
+            return None
+        layer, state = self._layer(past_key_values, x[:, :0].to(self.in_proj.weight.dtype))
+        if not is_plain_step(x, SequenceInfo(), layer):
+            return None
+        assert layer is not None
+        proj = norm_linear(
+            x[:, 0],
+            self.in_proj.weight,
+            self.in_proj.bias,
+            norm_weight=norm.weight,
+            eps=norm.eps,
+            conv_state=state["conv_state"],
+            conv_weight=self.conv1d.weight[:, 0],
+            conv_bias=self.conv1d.bias,
+            conv_first=self.ssm_size,
+            out_dtype=torch.float32,
+        )
+        y = self._step(proj, layer, None, convolved=True)
+        scan_norm = self.norm
+        y = norm_linear(
+            y,
+            self.out_proj.weight,
+            self.out_proj.bias,
+            norm_weight=None if scan_norm is None else scan_norm.weight,
+            eps=0.0 if scan_norm is None else scan_norm.eps,
+            group_size=self.ssm_size // self.n_groups,
+            residual=x[:, 0],
+        )
+        return y[:, None]
 
 
 def _replay(state: State, inputs: dict[str, Tensor], constants: dict[str, Tensor]) -> State:

@@ -1,7 +1,7 @@
 """What every sequence mixer is, and the projections that the Mamba mixers share."""
 
 import math
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from ssm_hf.cache import RecurrentCache, RecurrentLayer, State
+from ssm_hf.layers.linear import Linear
+from ssm_hf.layers.norm import ResidualNorm, RMSNorm
 from ssm_hf.ops import causal_conv1d
 from ssm_hf.ops.causal_conv1d import causal_conv1d_step
 from ssm_hf.ops.dispatch import pick
@@ -37,6 +39,15 @@ class Mixer(nn.Module):
     ) -> Tensor:
         """Mix x (B, T, D); with a cache, continue from its state and update it."""
         raise NotImplementedError
+
+    def residual_step(
+        self, x: Tensor, norm: nn.Module, past_key_values: RecurrentCache
+    ) -> Tensor | None:
+        """x + self(norm(x)) for one real token x (B, 1, D) on top of a state, in few kernels.
+
+        None where a fused path does not apply; `forward` then does the same.
+        """
+        return None
 
     def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the tensors that this mixer keeps in a cache."""
@@ -88,6 +99,25 @@ def is_plain_step(x: Tensor, seq: SequenceInfo, layer: RecurrentLayer | None) ->
     )
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a call is the class's `forward` on plain parameters: no hook, wrapper, quantisation."""
+    return (
+        "forward" not in module.__dict__
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and all(p is None or type(p) is nn.Parameter for p in module._parameters.values())
+    )
+
+
+def all_plain(*modules: nn.Module | None) -> bool:
+    """Whether the modules are of the known classes and do nothing else.
+
+    Fused steps read the weights themselves; they step aside where a projection carries an adapter,
+    a quantised weight or a hook.
+    """
+    return all(m is None or (type(m) in _PLAIN and has_own_forward(m)) for m in modules)
+
+
 def recorded_mask(seq: SequenceInfo, x: Tensor) -> Tensor:
     """The padding mask (B, T) to record beside the inputs of x (B, T, D).
 
@@ -112,29 +142,35 @@ class CausalConv1d(nn.Conv1d):
         super().__init__(channels, channels, taps, groups=channels, bias=bias)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, x: Tensor, seq: SequenceInfo, state: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """x (B, T, C) and the K-1 inputs before it -> silu(conv(x)), the last K-1 inputs."""
+        self, x: Tensor, seq: SequenceInfo, state: Tensor | None, return_state: bool = True
+    ) -> tuple[Tensor, Any]:
+        """x (B, T, C), the K-1 inputs before it -> silu(conv(x)), the last K-1 inputs or None."""
         if x.shape[1] == 1 and state is not None and seq.mask is None:
             step = pick("causal_conv1d", "auto", x.device, reference=causal_conv1d_step)
             y, state = step(x[:, 0], self.weight[:, 0], self.bias, "silu", state)
             return y[:, None], state
-        y, state = causal_conv1d(
-            x,
-            self.weight[:, 0],
-            self.bias,
-            activation="silu",
-            initial_state=state,
-            seq_idx=seq.seq_idx,
-            mask=seq.mask,
-            return_final_state=True,
+        return with_state(
+            causal_conv1d(
+                x,
+                self.weight[:, 0],
+                self.bias,
+                activation="silu",
+                initial_state=state,
+                seq_idx=seq.seq_idx,
+                mask=seq.mask,
+                return_final_state=return_state,
+            )
         )
-        return y, state
 
     def replay_constants(self, x: Tensor) -> dict[str, Tensor]:
         """What `replayed_window` needs for inputs like x: any weight of the right shape, for only
         the window matters, and the layer's own may be offloaded."""
         return {"conv_weight": x.new_zeros(x.shape[-1], self.kernel_size[0])}
+
+
+def with_state(output: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Any]:
+    """An operator's output and final state, None where it was not asked for."""
+    return (output, None) if isinstance(output, Tensor) else output
 
 
 def replayed_window(
@@ -152,16 +188,22 @@ def replayed_window(
 
 
 class StepProjection(nn.Linear):
-    """Low-rank step size -> Δ before softplus, with the bias added in fp32.
+    """Low-rank step size -> Δ before softplus; the bias is never added in 16 bits.
 
     Biases lie near -5, where bf16 steps by 0.03: added in bf16 they would cost Δ 3 % accuracy.
     Being a module that is called, it can carry an adapter.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., R) -> (..., I), fp32 or wider."""
+    def forward(self, input: Tensor, add_bias: bool = True) -> Tensor:
+        """(..., R) -> (..., I): with the bias, fp32 or wider; else the product alone, in its own
+        dtype, for a scan that adds the bias itself."""
         y = F.linear(input, self.weight)
+        if not add_bias:
+            return y
         return y.to(compute_dtype(y)) + self.bias.to(compute_dtype(self.bias))
+
+
+_PLAIN = (Linear, nn.Linear, CausalConv1d, StepProjection, RMSNorm, ResidualNorm)
 
 
 def reset_linear(linear: nn.Linear, scheme: Initialization, std: float) -> None:

@@ -11,22 +11,25 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.generation.configuration_utils import GenerationMode
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from ssm_hf import ops
 from ssm_hf.cache import RecurrentCache
-from ssm_hf.layers.mixer import Mixer, reset_linear
+from ssm_hf.generation import current_session
+from ssm_hf.layers.linear import linear_dtype
+from ssm_hf.layers.mixer import Mixer, all_plain, has_own_forward, reset_linear
 from ssm_hf.layers.norm import RMSNorm
 from ssm_hf.models.checkpoint import check_checkpoint
+from ssm_hf.models.generating import GeneratingMixin, check_cache, one_cache
 from ssm_hf.ops.packing import check_later, document_starts, next_real
 from ssm_hf.sequence import SequenceInfo
 
 IGNORED = -100
 # Standard deviation of embeddings in mamba_ssm (GPT-2's).
 EMBEDDING_STD = 0.02
-_CACHES_THAT_ARE_OURS = (None, "dynamic", "static")
 
 
 @dataclass
@@ -55,14 +58,36 @@ class SSMCausalLMOutput(CausalLMOutputWithPast):
 
 def residual(
     update: Tensor, stream: Tensor | None, norm: nn.Module, sublayer: nn.Module, *args: Any
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """One sublayer on the residual stream: x + sublayer(norm(x)) with x = stream + update.
 
     The last addition is left to the next norm, which reads both anyway: returned are the
-    sublayer's output, the new update, and x, which keeps the stream's dtype.
+    sublayer's output, the new update, and x, which keeps the stream's dtype. A fused step adds at
+    once and returns the sum as the beginning of a stream.
     """
+    stepped = _fused_step(update, stream, norm, sublayer, *args)
+    if stepped is not None:
+        return stepped, None
     normed, stream = norm(update, stream)
     return sublayer(normed, *args), stream
+
+
+def _fused_step(
+    update: Tensor,
+    stream: Tensor | None,
+    norm: nn.Module,
+    sublayer: nn.Module,
+    seq: SequenceInfo,
+    past_key_values: RecurrentCache | None = None,
+) -> Tensor | None:
+    """The whole of `residual` for one token, where the sublayer can do it in a few kernels."""
+    if past_key_values is None or update.shape[1] != 1 or seq.mask is not None:
+        return None
+    if not isinstance(sublayer, Mixer) or not has_own_forward(sublayer):
+        return None
+    return sublayer.residual_step(
+        update if stream is None else stream + update, norm, past_key_values
+    )
 
 
 class SSMPreTrainedModel(PreTrainedModel):
@@ -155,18 +180,6 @@ class SSMPreTrainedModel(PreTrainedModel):
         return mixers + (0 if head is None else 2 * head.weight.numel())  # pyright: ignore[reportCallIssue, reportOperatorIssue, reportAttributeAccessIssue]
 
 
-def _check_cache(cache: Any, num_layers: int) -> None:
-    if not isinstance(cache, RecurrentCache):
-        raise ValueError(
-            f"past_key_values must be an ssm_hf.RecurrentCache, got {type(cache).__name__}"
-        )
-    if len(cache.layers) != num_layers:
-        raise ValueError(
-            f"past_key_values belongs to another model: it has {len(cache.layers)} layers, this "
-            f"model has {num_layers}"
-        )
-
-
 def _check_ids(ids: Tensor, name: str, size: int, ignored: int | None = None) -> None:
     """Token numbers in range; without a synchronisation on a GPU."""
     if torch.compiler.is_compiling() or ids.numel() == 0:
@@ -240,7 +253,7 @@ class BackboneMixin:
             use_cache = config.use_cache and not self.training
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
-        past_key_values = _one_cache(past_key_values, cache_params)
+        past_key_values = one_cache(past_key_values, cache_params)
         if self.gradient_checkpointing and self.training and past_key_values is None:
             use_cache = False
         if input_ids is not None:
@@ -249,7 +262,7 @@ class BackboneMixin:
         if use_cache and past_key_values is None:
             past_key_values = RecurrentCache(config)
         if past_key_values is not None:
-            _check_cache(past_key_values, len(blocks))
+            check_cache(past_key_values, len(blocks))
         if sequence_info is None:
             sequence_info = SequenceInfo.from_inputs(
                 x.shape[0],
@@ -272,7 +285,7 @@ class BackboneMixin:
         for block in blocks:
             update, stream = block(update, stream, sequence_info, past_key_values=past_key_values)
             if output_hidden_states:
-                outputs.append((stream + update).to(stream.dtype))
+                outputs.append(update if stream is None else (stream + update).to(stream.dtype))
         x, _ = final_norm(update, stream)
         if output_hidden_states:
             outputs.append(x)
@@ -286,16 +299,6 @@ class BackboneMixin:
         if return_dict is None:
             return_dict = self.config.return_dict
         return result if return_dict else result.to_tuple()
-
-
-def _one_cache(
-    past_key_values: RecurrentCache | None, cache_params: RecurrentCache | None
-) -> RecurrentCache | None:
-    if past_key_values is None or cache_params is None:
-        return past_key_values if past_key_values is not None else cache_params
-    if past_key_values is not cache_params:
-        raise ValueError("past_key_values and cache_params are one argument: pass one of them")
-    return past_key_values
 
 
 def shift_labels(labels: Tensor, seq: SequenceInfo) -> Tensor:
@@ -330,8 +333,8 @@ def hold_at_pads(hidden: Tensor, seq: SequenceInfo) -> Tensor:
     return hidden.gather(1, last[..., None].expand_as(hidden))
 
 
-class CausalLMMixin:
-    """Language-model head over `self.backbone`-like stacks, its loss, and generation hooks."""
+class CausalLMMixin(GeneratingMixin):
+    """Language-model head over `self.backbone`-like stacks, its loss, and generation."""
 
     # Trainer: the loss can be divided by the number of targets of a whole accumulated batch.
     accepts_loss_kwargs = True
@@ -358,6 +361,7 @@ class CausalLMMixin:
         max_length_k: int | None = None,
         cache_params: RecurrentCache | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        return_logits: bool | None = None,
     ) -> SSMCausalLMOutput | tuple[Any, ...]:
         """Logits of the next token, and the loss if labels are given.
 
@@ -367,6 +371,8 @@ class CausalLMMixin:
             output_attentions: must not be True; there are no attention weights.
             logits_to_keep: only the last so many positions (0 = all), or their indices.
             num_items_in_batch: the summed loss is divided by it; default: by the number of targets.
+            return_logits: False gives `logits=None` and forms the loss without ever holding the
+                logits of all tokens, which for small models are most of the memory.
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
                 output_hidden_states, return_dict, seq_idx, cu_seqlens, cu_seq_lens_q,
                 cu_seq_lens_k, max_length_q, max_length_k, cache_params: as in the backbone.
@@ -375,11 +381,14 @@ class CausalLMMixin:
             `SSMCausalLMOutput`, logits in fp32. At a pad stand those of the last real token before.
 
         Raises:
-            ValueError: as in the backbone; labels of wrong shape, out of range, or all ignored.
+            ValueError: as in the backbone; labels of wrong shape, out of range, or all ignored;
+                `return_logits=False` without labels.
         """
         if output_attentions:
             raise ValueError("output_attentions=True: this model has no attention weights")
-        past_key_values = _one_cache(past_key_values, cache_params)
+        if return_logits is False and labels is None:
+            raise ValueError("return_logits=False without labels leaves nothing to return")
+        past_key_values = one_cache(past_key_values, cache_params)
         shaped = input_ids if input_ids is not None else inputs_embeds
         if shaped is None:
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
@@ -389,11 +398,19 @@ class CausalLMMixin:
         if shaped.ndim != expected.count(",") + 1:
             raise ValueError(f"{name} must have shape {expected}, got {tuple(shaped.shape)}")
         if past_key_values is not None:
-            _check_cache(past_key_values, self.config.num_hidden_layers)
+            check_cache(past_key_values, self.config.num_hidden_layers)
         if labels is not None and labels.shape != shaped.shape[:2]:
             raise ValueError(
                 f"labels must have shape {tuple(shaped.shape[:2])}, got {tuple(labels.shape)}"
             )
+        session = current_session(self)
+        if session is not None and session.prefilled and shaped.shape[1] == 1:
+            stepped = self._generating_step(session, input_ids, past_key_values, labels,
+                                            output_hidden_states)  # fmt: skip
+            if stepped is not None:
+                return stepped if return_dict is not False else stepped.to_tuple()
+            # generate() appends real tokens only: nothing to look up on the device.
+            attention_mask = None
         seq = SequenceInfo.from_inputs(
             shaped.shape[0],
             shaped.shape[1],
@@ -422,22 +439,27 @@ class CausalLMMixin:
             sequence_info=seq,
             return_dict=True,
         )
-        head = self.get_output_embeddings()
-        hidden = hold_at_pads(base.last_hidden_state, seq)[:, keep]
-        logits = head(hidden.to(head.weight.dtype))
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        loss = None
-        if targets is not None:
-            loss = self.loss_function(
-                logits=logits,
-                labels=labels,
-                vocab_size=self.config.vocab_size,
-                num_items_in_batch=num_items_in_batch,
-                shift_labels=targets,
+        loss = logits = None
+        if return_logits is False:
+            loss = self._loss_without_logits(
+                base.last_hidden_state[:, keep], targets, num_items_in_batch
             )
+        if loss is None:
+            head = self.get_output_embeddings()
+            hidden = hold_at_pads(base.last_hidden_state, seq)[:, keep]
+            logits = head(hidden.to(head.weight.dtype))
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            if targets is not None:
+                loss = self.loss_function(
+                    logits=logits,
+                    labels=labels,
+                    vocab_size=self.config.vocab_size,
+                    num_items_in_batch=num_items_in_batch,
+                    shift_labels=targets,
+                )
         result = SSMCausalLMOutput(
             loss=loss,
-            logits=logits,  # pyright: ignore[reportArgumentType]
+            logits=None if return_logits is False else logits,  # pyright: ignore[reportArgumentType]
             past_key_values=base.past_key_values,
             hidden_states=base.hidden_states,
         )
@@ -445,84 +467,27 @@ class CausalLMMixin:
             return_dict = self.config.return_dict
         return result if return_dict else result.to_tuple()
 
-    def _prepare_cache_for_generation(
-        self: Any,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        generation_mode: GenerationMode,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> None:
-        """Put a `RecurrentCache` into `model_kwargs`, always named past_key_values."""
-        cache = _one_cache(
-            model_kwargs.pop("past_key_values", None), model_kwargs.pop("cache_params", None)
-        )
-        implementation = generation_config.cache_implementation
-        if implementation not in _CACHES_THAT_ARE_OURS:
-            raise ValueError(
-                f"cache_implementation={implementation!r} is not supported: a recurrent state has "
-                f"a fixed size; use one of {_CACHES_THAT_ARE_OURS}"
-            )
-        if cache is not None:
-            if implementation is not None:
-                raise ValueError("pass either cache_implementation or past_key_values, not both")
-            _check_cache(cache, self.config.num_hidden_layers)
-            cache._is_user_defined = True  # pyright: ignore[reportAttributeAccessIssue]
-        elif generation_config.use_cache is not False:
-            cache = RecurrentCache(self.config)
-        else:
-            return
-        if generation_config.is_assistant:
-            cache.activate_past_recording()
-        model_kwargs["past_key_values"] = cache
+    def _loss_without_logits(
+        self: Any, hidden: Tensor, targets: Tensor, num_items_in_batch: Tensor | int | None
+    ) -> Tensor | None:
+        """The loss of hidden states (B, T, D) and targets (B, T), fused with the head.
 
-    def _prepare_position_ids_for_generation(
-        self: Any, inputs_tensor: Tensor, model_kwargs: dict[str, Any]
-    ) -> Tensor:
-        """Positions that count real tokens; pads keep the count, so that what follows goes on."""
-        mask = model_kwargs.get("attention_mask")
-        if mask is None:
-            return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-        return (mask.long().cumsum(-1) - 1).clamp(min=0)
-
-    def prepare_inputs_for_generation(
-        self: Any,
-        input_ids: Tensor,
-        next_sequence_length: int | None = None,
-        past_key_values: RecurrentCache | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        is_first_iteration: bool | None = False,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Inputs of the next forward pass: only tokens that the cache has not seen.
-
-        Raises:
-            ValueError: nothing is left to process.
+        None where the head is more than one matrix (an adapter, a quantised weight, a hook), or the
+        loss another than the usual one: what they compute is then formed in full.
         """
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        given = inputs_embeds if inputs_embeds is not None and is_first_iteration else input_ids
-        length = given.shape[1]
-        # Assisted decoding hands over the whole sequence in its first round.
-        if seen and next_sequence_length is None:
-            # generate() drops a mask of ones; the positions still tell how far the sequence goes.
-            whole = attention_mask if attention_mask is not None else kwargs.get("position_ids")
-            if whole is None or whole.shape[1] == length:
-                next_sequence_length = length - seen
-        if seen and next_sequence_length is not None and next_sequence_length < 1:
-            raise ValueError(
-                f"input_ids holds {length} tokens, but past_key_values has seen {seen}: pass the "
-                "whole sequence, or the new tokens with an attention_mask over old and new ones"
-            )
-        return super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
+        head = self.get_output_embeddings()
+        if (
+            not all_plain(head)
+            or head.bias is not None
+            or self.loss_function is not ForCausalLMLoss
+        ):
+            return None
+        dtype = linear_dtype(head.weight)
+        hidden, weight = hidden.to(dtype), head.weight.to(dtype)
+        if num_items_in_batch is None:
+            return ops.linear_cross_entropy(hidden, weight, targets)
+        total = ops.linear_cross_entropy(hidden, weight, targets, reduction="sum")
+        return total / num_items_in_batch
 
 
 def _check_targets(targets: Tensor) -> None:

@@ -114,6 +114,11 @@ def pick(
     return reference
 
 
+def chosen_impl() -> Impl:
+    """What `impl="auto"` stands for at this moment: of the context, the environment, or itself."""
+    return _wanted("auto")
+
+
 def runs_kernels(op: str, device: torch.device) -> bool:
     """Whether `impl="auto"` takes the Triton kernel of `op` on `device`."""
     wanted = _wanted("auto")

@@ -43,7 +43,7 @@ class MambaBlock(GradientCheckpointingLayer):
         stream: Tensor | None,
         seq: SequenceInfo,
         past_key_values: RecurrentCache | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """(B, T, D) each, see `residual`."""
         return residual(update, stream, self.norm, self.mixer, seq, past_key_values)
 

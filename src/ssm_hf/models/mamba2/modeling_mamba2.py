@@ -48,7 +48,7 @@ class Mamba2Block(GradientCheckpointingLayer):
         stream: Tensor | None,
         seq: SequenceInfo,
         past_key_values: RecurrentCache | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """(B, T, D) each, see `residual`."""
         return residual(update, stream, self.norm, self.mixer, seq, past_key_values)
 

@@ -1,0 +1,17 @@
+"""Generation at the speed of the decoding step: captured steps, and a loop that does not wait."""
+
+from ssm_hf.generation.graphs import forget_graphs
+from ssm_hf.generation.loop import decode
+from ssm_hf.generation.select import Recipe, Request, read_request
+from ssm_hf.generation.session import Session, current_session, open_session
+
+__all__ = [
+    "Recipe",
+    "Request",
+    "Session",
+    "current_session",
+    "decode",
+    "forget_graphs",
+    "open_session",
+    "read_request",
+]

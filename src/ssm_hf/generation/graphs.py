@@ -1,0 +1,267 @@
+"""Captured decoding steps of a model: made once per batch size, replayed, forgotten in time.
+
+A captured step reads the weights and the recurrent state at fixed addresses. The weights are the
+model's own: values changed in place are seen, and what replaces them is noticed before the next
+call. The state belongs to the capture; a cache lends it for the time of a `generate` call.
+"""
+
+import gc
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from ssm_hf.cache import RecurrentCache, RecurrentLayer, State
+from ssm_hf.layers.mixer import has_own_forward
+from ssm_hf.ops.dispatch import chosen_impl
+
+logger = logging.getLogger("ssm_hf")
+
+# States that stay on the GPU between calls, for all batch sizes of a model together: what is more
+# than this share of its memory is given back at once, and captured anew by the next call.
+_SHARE_OF_MEMORY = 0.05
+_MOST_CAPTURES = 4
+
+_told: set[str] = set()
+_by_model: "WeakKeyDictionary[nn.Module, ModelGraphs]" = WeakKeyDictionary()
+_registry_lock = threading.Lock()
+
+
+class CaptureError(RuntimeError):
+    """A decoding step does something that a CUDA graph cannot hold."""
+
+
+class Capture:
+    """One batch size: the static state, and a graph for each way of going on from the logits."""
+
+    def __init__(self, cache: RecurrentCache) -> None:
+        self.cache = cache
+        self.graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
+        self._buffers: dict[Hashable, Any] = {}
+        self._lent: list[tuple[RecurrentLayer, State]] = []
+
+    def buffers(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What the graph `key` reads and writes beside the state, made at its first use."""
+        if key not in self._buffers:
+            with torch.inference_mode(False):
+                self._buffers[key] = make()
+        return self._buffers[key]
+
+    def run(self, key: Hashable, body: Callable[[], None], pool: Callable[[], Any]) -> None:
+        """Run `body`, the first time as it is, from then on as a graph.
+
+        Raises:
+            CaptureError: it cannot be captured; nothing has run.
+        """
+        if key not in self.graphs:
+            # Compiles kernels and sets up libraries, which a capture must not do.
+            self.graphs[key] = None
+            body()
+            return
+        graph = self.graphs[key]
+        if graph is None:
+            graph = self.graphs[key] = capture(body, pool())
+        graph.replay()
+
+    def lend(self, cache: RecurrentCache, keep: bool) -> None:
+        """Put the static tensors, holding its content, into `cache`.
+
+        Args:
+            cache: of the same shapes.
+            keep: `give_back` returns the content to the tensors that `cache` held.
+        """
+        own, theirs = [], []
+        for mine, layer in zip(self.cache.layers, cache.layers, strict=True):
+            if all(layer.state[name] is tensor for name, tensor in mine.state.items()):
+                continue
+            own += mine.state.values()
+            theirs += (layer.state[name] for name in mine.state)
+            self._lent.append((layer, layer.state if keep else {}))
+            layer.state = dict(mine.state)
+        if own:
+            torch._foreach_copy_(own, theirs)
+
+    def give_back(self) -> None:
+        """Return the content of the static tensors to the caches that borrowed them."""
+        homes, contents = [], []
+        for layer, home in self._lent:
+            for name, tensor in home.items():
+                if tensor.shape == layer.state[name].shape:
+                    homes.append(tensor)
+                    contents.append(layer.state[name])
+            layer.state = home
+        if homes:
+            torch._foreach_copy_(homes, contents)
+        self._lent = []
+
+
+class ModelGraphs:
+    """The captures of one model, valid for its present weights."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.captures: OrderedDict[Hashable, Capture] = OrderedDict()
+        self.signature: Hashable = None
+        self.failed: set[Hashable] = set()
+        self.done: torch.cuda.Event | None = None
+        self._pool: Any = None
+
+    def check(self, model: nn.Module) -> None:
+        """Forget captures whose weights are no longer the model's."""
+        signature = _signature(model)
+        if signature != self.signature:
+            self.captures.clear()
+            self.failed.clear()
+            self.signature = signature
+
+    def find(self, cache: RecurrentCache, visible: bool) -> Capture | None:
+        """The capture for caches like this one, or None where it failed before.
+
+        Args:
+            visible: the cache outlives the call, so its tensors must not become the capture's.
+        """
+        key = (chosen_impl(), *_flags(), *_shapes(cache))
+        if key in self.failed:
+            return None
+        if key not in self.captures:
+            copied = visible and self._may_stay(cache)
+            self.captures[key] = Capture(_like(cache, copied))
+        self.captures.move_to_end(key)
+        return self.captures[key]
+
+    def give_up(self, capture: Capture) -> None:
+        """Never capture this batch size again, until the weights change."""
+        for key, held in list(self.captures.items()):
+            if held is capture:
+                self.failed.add(key)
+                del self.captures[key]
+
+    def pool(self) -> Any:
+        """Memory that all graphs share: they never run at the same time."""
+        if not any(g is not None for c in self.captures.values() for g in c.graphs.values()):
+            self._pool = torch.cuda.graph_pool_handle()
+        return self._pool
+
+    def trim(self) -> None:
+        """Keep the latest captures within the bounds."""
+        kept, left = 0, []
+        for key, held in reversed(self.captures.items()):
+            if len(left) < _MOST_CAPTURES and self._may_stay(held.cache, kept):
+                kept += held.cache.nbytes
+                left.append((key, held))
+        self.captures = OrderedDict(reversed(left))
+
+    @staticmethod
+    def _may_stay(cache: RecurrentCache, beside: int = 0) -> bool:
+        device = next(iter(cache.layers[0].state.values())).device
+        memory = torch.cuda.get_device_properties(device).total_memory
+        return beside + cache.nbytes <= _SHARE_OF_MEMORY * memory
+
+
+def graphs_of(model: nn.Module) -> ModelGraphs:
+    """The captures of `model`; they do not travel with it into copies or files."""
+    with _registry_lock:
+        return _by_model.setdefault(model, ModelGraphs())
+
+
+def forget_graphs(model: nn.Module) -> None:
+    """Free the captured steps of `model` and the memory of their states; the next call captures."""
+    with _registry_lock:
+        _by_model.pop(model, None)
+
+
+def why_no_graph(model: nn.Module, device: torch.device) -> str | None:
+    """Reason why decoding steps of `model` cannot be captured, or None."""
+    if torch.is_grad_enabled():
+        return "gradients are enabled"
+    if torch.is_autocast_enabled(device.type):
+        return "autocast is on; load the model in the wanted dtype instead"
+    if torch.cuda.is_current_stream_capturing():
+        return "a graph is being captured around it"
+    for name, module in model.named_modules():
+        ours = type(module).__module__.split(".")[0] == "ssm_hf"
+        if not ours and type(module) not in (nn.Embedding, nn.Linear, nn.ModuleList, nn.Dropout,
+                                             nn.Identity):  # fmt: skip
+            return f"{name} is a {type(module).__name__}, which may change what it does"
+        if not has_own_forward(module):
+            return f"{name} carries a hook, an adapter or a quantised weight"
+    if any(p.device != device for p in model.parameters()):
+        return f"its weights do not all lie on {device}"
+    return None
+
+
+def tell_once(reason: str) -> None:
+    """One line in the log for each reason."""
+    if reason not in _told:
+        _told.add(reason)
+        logger.warning("generate() runs without a CUDA graph: %s", reason)
+
+
+def capture(run: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
+    """Record `run`, which must have run before, as a graph; nothing is executed.
+
+    Raises:
+        CaptureError: `run` does something that cannot be captured.
+    """
+    graph = torch.cuda.CUDAGraph()
+    here = torch.cuda.current_stream()
+    side = torch.cuda.Stream()
+    side.wait_stream(here)
+    collecting = gc.isenabled()
+    # A collection during the capture could free memory of other graphs, which is not allowed then.
+    gc.disable()
+    try:
+        with torch.cuda.stream(side):
+            # Other threads may go on using the GPU.
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                run()
+            finally:
+                graph.capture_end()
+    except RuntimeError as error:
+        raise CaptureError(str(error).splitlines()[0]) from error
+    finally:
+        if collecting:
+            gc.enable()
+    here.wait_stream(side)
+    return graph
+
+
+def _signature(model: nn.Module) -> Hashable:
+    tensors = [*model.parameters(), *model.buffers()]
+    return model.training, tuple((t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors)
+
+
+def _flags() -> tuple[bool, ...]:
+    return (
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+def _shapes(cache: RecurrentCache) -> tuple[Hashable, ...]:
+    return tuple(
+        (name, tensor.shape, tensor.dtype, tensor.device)
+        for layer in cache.layers
+        for name, tensor in layer.state.items()
+    )
+
+
+def _like(cache: RecurrentCache, copied: bool) -> RecurrentCache:
+    """A cache of the same shapes, on the same tensors or with memory of its own."""
+    own = RecurrentCache.like(cache)
+    # Tensors made in inference mode could not be written outside it.
+    with torch.inference_mode(False):
+        for mine, layer in zip(own.layers, cache.layers, strict=True):
+            mine.state = {
+                name: torch.empty(t.shape, dtype=t.dtype, device=t.device)
+                if copied or t.is_inference() or not t.is_contiguous()
+                else t
+                for name, t in layer.state.items()
+            }
+    return own

@@ -1,0 +1,159 @@
+"""One `generate` call: which capture it uses, and the way back to the caller's cache."""
+
+import threading
+from collections.abc import Callable, Generator, Hashable
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssm_hf.cache import RecurrentCache
+from ssm_hf.generation.graphs import (
+    Capture,
+    CaptureError,
+    ModelGraphs,
+    graphs_of,
+    tell_once,
+    why_no_graph,
+)
+
+# (token numbers (B, 1), cache) -> logits (B, V) in fp32
+NextLogits = Callable[[Tensor, RecurrentCache], Tensor]
+
+
+class _Logits:
+    """Input and output of a captured step that only computes logits."""
+
+    def __init__(self, batch: int, device: torch.device) -> None:
+        self.tokens = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        self.logits: Tensor | None = None
+
+
+class Session:
+    """State of one call.
+
+    Attributes:
+        model: whose call it is.
+        visible: the cache outlives the call.
+        prefilled: the prompt is processed; from now on every token of one-token calls is real.
+    """
+
+    def __init__(self, model: nn.Module, visible: bool, graphs: ModelGraphs | None) -> None:
+        self.model = model
+        self.visible = visible
+        self.prefilled = False
+        self._graphs = graphs
+        self._capture: Capture | None = None
+
+    def next_logits(
+        self, tokens: Tensor, cache: RecurrentCache, compute: NextLogits
+    ) -> Tensor | None:
+        """Logits (B, V) after tokens (B, 1), from a captured step; None where there is none."""
+        capture = self.capture_for(cache)
+        if capture is None or not self.prefilled:
+            return None
+        static: _Logits = capture.buffers("logits", lambda: _Logits(len(tokens), tokens.device))
+        static.tokens.copy_(tokens)
+
+        def body() -> None:
+            static.logits = compute(static.tokens, capture.cache)
+
+        if not self.run(capture, "logits", body):
+            return None
+        cache.seen_tokens += 1
+        assert static.logits is not None
+        return static.logits.clone()
+
+    def capture_for(self, cache: RecurrentCache) -> Capture | None:
+        """The capture that holds the content of `cache` until the session is closed."""
+        if self._graphs is None or any(x.record_past or not x.state for x in cache.layers):
+            return None
+        capture = self._graphs.find(cache, self.visible)
+        if capture is not self._capture and self._capture is not None:
+            self._capture.give_back()
+        self._capture = capture
+        if capture is not None:
+            capture.lend(cache, keep=self.visible)
+        return capture
+
+    def run(self, capture: Capture, key: Hashable, body: Callable[[], None]) -> bool:
+        """Run `body` on the capture's tensors; False where it cannot be captured: nothing ran."""
+        assert self._graphs is not None
+        try:
+            capture.run(key, body, self._graphs.pool)
+        except CaptureError as error:
+            tell_once(str(error))
+            capture.give_back()
+            self._graphs.give_up(capture)
+            self._capture = None
+            return False
+        return True
+
+    def close(self) -> None:
+        """Return the content to the caches, and free what is too large to keep."""
+        if self._graphs is None:
+            return
+        if self._capture is not None:
+            self._capture.give_back()
+            self._capture = None
+        self._graphs.trim()
+        self._graphs.done = torch.cuda.Event()
+        self._graphs.done.record()
+
+
+_open = threading.local()
+
+
+def current_session(model: nn.Module) -> Session | None:
+    """The innermost open session of this thread, if it is one of `model`."""
+    sessions: list[Session] = getattr(_open, "sessions", [])
+    return sessions[-1] if sessions and sessions[-1].model is model else None
+
+
+@contextmanager
+def open_session(model: nn.Module, visible: bool) -> Generator[Session, None, None]:
+    """Within the block, one-token calls of `model` may run as captured steps.
+
+    Args:
+        model: a language model of this package.
+        visible: the cache is the caller's own, or will be returned.
+    """
+    device = next(model.parameters()).device
+    sessions: list[Session] = _open.__dict__.setdefault("sessions", [])
+    graphs = _usable_graphs(model, device)
+    current: Any = torch.cuda.device(device) if graphs is not None else nullcontext()
+    session = Session(model, visible, graphs)
+    sessions.append(session)
+    try:
+        with current:
+            if graphs is not None and graphs.done is not None:
+                graphs.done.wait()
+            try:
+                yield session
+            finally:
+                session.close()
+    finally:
+        sessions.pop()
+        if graphs is not None:
+            graphs.lock.release()
+
+
+def _usable_graphs(model: nn.Module, device: torch.device) -> ModelGraphs | None:
+    """The captures of `model`, locked for this call; None where nothing can be captured."""
+    if device.type != "cuda":
+        return None
+    reason = why_no_graph(model, device)
+    if reason is not None:
+        tell_once(reason)
+        return None
+    graphs = graphs_of(model)
+    if not graphs.lock.acquire(blocking=False):
+        tell_once("another thread is generating with the same model")
+        return None
+    try:
+        graphs.check(model)
+    except BaseException:
+        graphs.lock.release()
+        raise
+    return graphs

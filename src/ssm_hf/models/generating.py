@@ -1,0 +1,283 @@
+"""Generation of all our models: inputs of a step, the cache, and which loop runs."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ssm_hf.cache import RecurrentCache
+from ssm_hf.generation import Request, Session, current_session, decode, open_session, read_request
+from ssm_hf.sequence import SequenceInfo
+
+_CACHES_THAT_ARE_OURS = (None, "dynamic", "static")
+
+
+def check_cache(cache: Any, num_layers: int) -> None:
+    """Raise `ValueError` unless `cache` is a `RecurrentCache` of so many layers."""
+    if not isinstance(cache, RecurrentCache):
+        raise ValueError(
+            f"past_key_values must be an ssm_hf.RecurrentCache, got {type(cache).__name__}"
+        )
+    if len(cache.layers) != num_layers:
+        raise ValueError(
+            f"past_key_values belongs to another model: it has {len(cache.layers)} layers, this "
+            f"model has {num_layers}"
+        )
+
+
+def one_cache(
+    past_key_values: RecurrentCache | None, cache_params: RecurrentCache | None
+) -> RecurrentCache | None:
+    """The cache under either of its names.
+
+    Raises:
+        ValueError: two different ones.
+    """
+    if past_key_values is None or cache_params is None:
+        return past_key_values if past_key_values is not None else cache_params
+    if past_key_values is not cache_params:
+        raise ValueError("past_key_values and cache_params are one argument: pass one of them")
+    return past_key_values
+
+
+class GeneratingMixin:
+    """Hooks of transformers' `generate`.
+
+    Greedy decoding and sampling run in our loop when it knows every option of the request;
+    everything else runs in transformers' loop. On a GPU the decoding steps of both are captured.
+    """
+
+    def _prepare_cache_for_generation(
+        self: Any,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Put a `RecurrentCache` into `model_kwargs`, always named past_key_values."""
+        cache = one_cache(
+            model_kwargs.pop("past_key_values", None), model_kwargs.pop("cache_params", None)
+        )
+        implementation = generation_config.cache_implementation
+        if implementation not in _CACHES_THAT_ARE_OURS:
+            raise ValueError(
+                f"cache_implementation={implementation!r} is not supported: a recurrent state has "
+                f"a fixed size; use one of {_CACHES_THAT_ARE_OURS}"
+            )
+        if cache is not None:
+            if implementation is not None:
+                raise ValueError("pass either cache_implementation or past_key_values, not both")
+            check_cache(cache, self.config.num_hidden_layers)
+            cache._is_user_defined = True  # pyright: ignore[reportAttributeAccessIssue]
+        elif generation_config.use_cache is not False:
+            cache = RecurrentCache(self.config)
+        else:
+            return
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        model_kwargs["past_key_values"] = cache
+
+    def _prepare_position_ids_for_generation(
+        self: Any, inputs_tensor: Tensor, model_kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Positions that count real tokens; pads keep the count, so that what follows goes on."""
+        mask = model_kwargs.get("attention_mask")
+        if mask is None:
+            return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+    def prepare_inputs_for_generation(
+        self: Any,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: RecurrentCache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Inputs of the next forward pass: only tokens that the cache has not seen.
+
+        Raises:
+            ValueError: nothing is left to process.
+        """
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        given = inputs_embeds if inputs_embeds is not None and is_first_iteration else input_ids
+        length = given.shape[1]
+        # Assisted decoding hands over the whole sequence in its first round.
+        if seen and next_sequence_length is None:
+            # generate() drops a mask of ones; the positions still tell how far the sequence goes.
+            whole = attention_mask if attention_mask is not None else kwargs.get("position_ids")
+            if whole is None or whole.shape[1] == length:
+                next_sequence_length = length - seen
+        if seen and next_sequence_length is not None and next_sequence_length < 1:
+            raise ValueError(
+                f"input_ids holds {length} tokens, but past_key_values has seen {seen}: pass the "
+                "whole sequence, or the new tokens with an attention_mask over old and new ones"
+            )
+        return super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+
+    def _sample(
+        self: Any,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> GenerateDecoderOnlyOutput | Tensor:
+        """Greedy decoding and sampling: the same tokens as transformers' loop, without waiting."""
+        cache = model_kwargs.get("past_key_values")
+        options = (input_ids, logits_processor, stopping_criteria, generation_config)
+        request = _request(self, *options, synced_gpus, cache)
+        with open_session(self, _outlives(generation_config, cache)) as session:
+            if isinstance(request, str) or cache is None:
+                return super()._sample(*options, synced_gpus, streamer, **model_kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+            logits = self._prefill(input_ids, generation_config, model_kwargs).logits[:, -1]
+            tokens = decode(
+                self, session, request, cache, logits, input_ids, self._next_logits, streamer
+            )
+        if streamer is not None:
+            streamer.end()
+        sequences = torch.cat([input_ids, tokens], dim=1)
+        if not generation_config.return_dict_in_generate:
+            return sequences
+        return GenerateDecoderOnlyOutput(
+            sequences=sequences,  # pyright: ignore[reportArgumentType]
+            past_key_values=cache,
+        )
+
+    def _beam_search(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """transformers' beam search over captured steps."""
+        config, cache = kwargs.get("generation_config"), kwargs.get("past_key_values")
+        with open_session(self, config is None or _outlives(config, cache)):
+            return super()._beam_search(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _prefill(
+        self: Any,
+        input_ids: Tensor,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Process the prompt, in chunks if asked to; what follows are single real tokens."""
+        if generation_config.prefill_chunk_size is None or "inputs_embeds" in model_kwargs:
+            outputs = super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        else:
+            outputs = self._chunked_prefill(
+                input_ids, generation_config.prefill_chunk_size, model_kwargs
+            )
+        session = current_session(self)
+        if session is not None:
+            session.prefilled = True
+        return outputs
+
+    def _chunked_prefill(
+        self: Any, input_ids: Tensor, size: int, model_kwargs: dict[str, Any]
+    ) -> CausalLMOutputWithPast:
+        """The prompt in calls of `size` tokens; input_ids holds all of it, or what is new."""
+        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        if cache is None:
+            raise ValueError("prefill_chunk_size needs a cache: leave use_cache on")
+        positions = model_kwargs.get("position_ids")
+        whole = mask if mask is not None else positions
+        seen = cache.get_seq_length()
+        if seen and (whole is None or whole.shape[1] == input_ids.shape[1]):
+            input_ids = input_ids[:, seen:]
+        outputs = None
+        for part in input_ids.split(size, dim=1):
+            seen = cache.get_seq_length() + part.shape[1]
+            outputs = self(
+                input_ids=part,
+                attention_mask=None if mask is None else mask[:, :seen],
+                position_ids=None
+                if positions is None
+                else positions[:, seen - part.shape[1] : seen],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+                return_dict=True,
+            )
+        if outputs is None:
+            raise ValueError("past_key_values has seen all of input_ids: no new token is given")
+        return outputs
+
+    def _generating_step(
+        self: Any,
+        session: Session,
+        input_ids: Tensor | None,
+        cache: RecurrentCache | None,
+        labels: Tensor | None,
+        output_hidden_states: bool | None,
+    ) -> CausalLMOutputWithPast | None:
+        """One step of transformers' loops as a replayed capture; None where there is none."""
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if input_ids is None or cache is None or labels is not None or output_hidden_states:
+            return None
+        logits = session.next_logits(input_ids, cache, self._next_logits)
+        if logits is None:
+            return None
+        return CausalLMOutputWithPast(
+            logits=logits[:, None],  # pyright: ignore[reportArgumentType]
+            past_key_values=cache,
+        )
+
+    def _next_logits(self: Any, tokens: Tensor, cache: RecurrentCache) -> Tensor:
+        """Logits (B, V) fp32 after real tokens (B, 1); nothing in it waits for the device."""
+        hidden = self.base_model(
+            input_ids=tokens,
+            past_key_values=cache,
+            use_cache=True,
+            sequence_info=SequenceInfo(),
+            return_dict=True,
+        ).last_hidden_state[:, -1]
+        head = self.get_output_embeddings()
+        logits = head(hidden.to(head.weight.dtype))
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _outlives(config: GenerationConfig, cache: Any) -> bool:
+    """Whether somebody sees the cache after the call."""
+    return bool(config.return_dict_in_generate) or getattr(cache, "_is_user_defined", False)
+
+
+def _request(
+    model: Any,
+    input_ids: Tensor,
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    config: GenerationConfig,
+    synced_gpus: bool,
+    cache: RecurrentCache | None,
+) -> Request | str:
+    """What our loop is asked for, or the reason why it must be transformers'."""
+    if cache is None:
+        return "there is no cache"
+    if synced_gpus:
+        return "several GPUs step together"
+    if config.is_assistant:
+        return "the model drafts for another one"
+    if input_ids.device != model.device:
+        return "the prompt does not lie where the model does"
+    if config.return_dict_in_generate and any(
+        (config.output_scores, config.output_logits, config.output_hidden_states,
+         config.output_attentions)
+    ):  # fmt: skip
+        return "scores or hidden states are asked for"
+    return read_request(input_ids.shape[1], processors, criteria, config)

@@ -1,0 +1,107 @@
+"""The kernel as a torch operator."""
+# Kernels annotate plain values as constexpr.
+# pyright: reportArgumentType=false
+
+import torch
+from torch import Tensor
+
+from ssm_hf.ops.launch import check_tensors, on_device, tuned
+from ssm_hf.ops.norm_linear.kernels import norm_linear_kernel
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@torch.library.custom_op("ssm_hf::norm_linear", mutates_args=("conv_state",))
+def norm_linear_triton(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    group_size: int,
+    residual: Tensor | None,
+    conv_state: Tensor | None,
+    conv_weight: Tensor | None,
+    conv_bias: Tensor | None,
+    conv_first: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """See `ssm_hf.ops.norm_linear`."""
+    check_tensors(
+        "norm_linear",
+        DTYPES,
+        x=x,
+        weight=weight,
+        bias=bias,
+        norm_weight=norm_weight,
+        residual=residual,
+        conv_state=conv_state,
+        conv_weight=conv_weight,
+        conv_bias=conv_bias,
+    )
+    x, weight = _rows(x), _rows(weight)
+    residual = None if residual is None else _rows(residual)
+    (rows, size), outputs = x.shape, weight.shape[0]
+    out = x.new_empty(rows, outputs, dtype=out_dtype)
+    taps = 0
+    if conv_state is not None and conv_weight is not None:
+        if not conv_state.is_contiguous():
+            raise ValueError("norm_linear: conv_state must be contiguous")
+        taps, conv_weight = conv_weight.shape[1], conv_weight.contiguous()
+    batch = 1 << (rows - 1).bit_length()
+    options = dict(tuned("norm_linear", f"rows{batch}", x.device))
+    block = options.pop("BLOCK_O")
+    with on_device(x):
+        norm_linear_kernel[((outputs + block - 1) // block,)](
+            x,
+            norm_weight,
+            weight,
+            bias,
+            residual,
+            out,
+            conv_state,
+            conv_weight,
+            conv_bias,
+            x.stride(0),
+            weight.stride(0),
+            0 if residual is None else residual.stride(0),
+            out.stride(0),
+            rows,
+            outputs,
+            size,
+            group_size,
+            conv_first,
+            0 if conv_state is None else conv_state.shape[2],
+            eps,
+            NORM=norm_weight is not None,
+            HAS_BIAS=bias is not None,
+            RESIDUAL=residual is not None,
+            TAPS=taps,
+            CONV_BIAS=conv_bias is not None,
+            BATCH=batch,
+            BLOCK_O=block,
+            **options,
+        )
+    return out
+
+
+@norm_linear_triton.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    group_size: int,
+    residual: Tensor | None,
+    conv_state: Tensor | None,
+    conv_weight: Tensor | None,
+    conv_bias: Tensor | None,
+    conv_first: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=out_dtype)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,0 +1,135 @@
+"""Triton kernel of Mamba-2's whole step between its two projections, in place on the cache."""
+
+import triton
+import triton.language as tl
+
+from ssm_hf.ops.causal_conv1d.kernels_step import convolved, shift_window, silu
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)) to full relative precision (log1p after Kahan), x itself above 20."""
+    small = tl.exp(tl.minimum(x, 20.0))
+    one = 1.0 + small
+    log1p = tl.where(
+        one == 1.0, small, tl.log(one) * (small / tl.where(one == 1.0, 1.0, one - 1.0))
+    )
+    return tl.where(x > 20.0, x, log1p)
+
+
+@triton.jit
+def mamba2_step_kernel(
+    proj_ptr, conv_state_ptr, ssm_state_ptr, conv_weight_ptr, conv_bias_ptr, dt_bias_ptr, A_log_ptr,
+    D_ptr, norm_weight_ptr, out_ptr, scratch_ptr, tickets_ptr,
+    stride_proj, stride_out, heads, per_group, groups, head_dim, states, channels, mlp, splits,
+    dt_low, dt_high, eps,
+    TAPS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    CONV: tl.constexpr,  # the convolution is still to be done
+    NORM: tl.constexpr,  # 0: gate alone; 1: norm(y silu(z)); 2: norm(y) silu(z)
+    D_PER_CHANNEL: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_MLP: tl.constexpr,
+    BLOCK_NORM: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_P channels of one head of one row.
+
+    B and C of a group are read by all its programs. The one that takes the group's last ticket
+    moves their windows on and normalises what all of them have written.
+    """
+    per_row = heads * splits
+    row = (tl.program_id(0) // per_row).to(tl.int64)
+    part = tl.program_id(0) % per_row
+    head = part // splits
+    group = head // per_group
+    width = heads * head_dim
+
+    p = (part % splits) * BLOCK_P + tl.arange(0, BLOCK_P)
+    n = tl.arange(0, BLOCK_N)
+    p_inside, n_inside = p < head_dim, n < states
+    x_channel = head * head_dim + p
+
+    # The long load first.
+    state = ssm_state_ptr + ((row * heads + head) * head_dim + p[:, None]) * states + n[None, :]
+    inside = p_inside[:, None] & n_inside[None, :]
+    S = tl.load(state, mask=inside, other=0.0).to(tl.float32)
+
+    proj = proj_ptr + row * stride_proj
+    z_ptr = proj + 2 * mlp
+    conv_in = z_ptr + width
+    B_channel = width + group * states + n
+    C_channel = B_channel + groups * states
+    x = tl.load(conv_in + x_channel, mask=p_inside, other=0.0)
+    B = tl.load(conv_in + B_channel, mask=n_inside, other=0.0)
+    C = tl.load(conv_in + C_channel, mask=n_inside, other=0.0)
+    window = conv_state_ptr + row * (TAPS - 1) * channels
+    new_x, new_B, new_C = x, B, C
+    if CONV:
+        x = convolved(new_x, window, conv_weight_ptr, conv_bias_ptr, x_channel, p_inside, channels,
+                      TAPS, HAS_BIAS)  # fmt: skip
+        B = convolved(new_B, window, conv_weight_ptr, conv_bias_ptr, B_channel, n_inside, channels,
+                      TAPS, HAS_BIAS)  # fmt: skip
+        C = convolved(new_C, window, conv_weight_ptr, conv_bias_ptr, C_channel, n_inside, channels,
+                      TAPS, HAS_BIAS)  # fmt: skip
+    x, B, C = x.to(tl.float32), B.to(tl.float32), C.to(tl.float32)
+
+    dt = tl.load(conv_in + channels + head).to(tl.float32)
+    dt = softplus(dt + tl.load(dt_bias_ptr + head).to(tl.float32))
+    dt = tl.minimum(tl.maximum(dt, dt_low), dt_high)
+    A = -tl.exp(tl.load(A_log_ptr + head).to(tl.float32))
+    S = S * tl.exp(dt * A) + (dt * x)[:, None] * B[None, :]
+    tl.store(state, S, mask=inside)
+    y = tl.sum(S * C[None, :], axis=1)
+    if D_PER_CHANNEL:
+        y += tl.load(D_ptr + x_channel, mask=p_inside, other=0.0).to(tl.float32) * x
+    else:
+        y += tl.load(D_ptr + head).to(tl.float32) * x
+
+    if NORM != 2:
+        y *= silu(tl.load(z_ptr + x_channel, mask=p_inside, other=0.0).to(tl.float32))
+    out = out_ptr + row * stride_out
+    if NORM == 0:
+        tl.store(out + mlp + x_channel, y, mask=p_inside)
+    else:
+        tl.store(scratch_ptr + row * width + x_channel, y, mask=p_inside)
+
+    if BLOCK_MLP > 0:
+        i = part * BLOCK_MLP + tl.arange(0, BLOCK_MLP)
+        gate = tl.load(proj + i, mask=i < mlp, other=0.0).to(tl.float32)
+        value = tl.load(proj + mlp + i, mask=i < mlp, other=0.0).to(tl.float32)
+        tl.store(out + i, silu(gate) * value, mask=i < mlp)
+
+    if CONV:
+        tl.debug_barrier()
+        shift_window(new_x, window, x_channel, p_inside, channels, TAPS)
+    if CONV or NORM != 0:
+        # Everything above is done before the ticket is taken, by all threads.
+        tl.debug_barrier()
+        ticket = tickets_ptr + row * groups + group
+        last = tl.atomic_add(ticket, 1, sem="acq_rel") == per_group * splits - 1
+        if last:
+            tl.store(ticket, 0)
+            if CONV:
+                shift_window(new_B, window, B_channel, n_inside, channels, TAPS)
+                shift_window(new_C, window, C_channel, n_inside, channels, TAPS)
+            if NORM != 0:
+                group_size = per_group * head_dim
+                first = group * group_size
+                y_ptr = scratch_ptr + row * width + first
+                squares = tl.zeros([BLOCK_NORM], tl.float32)
+                for start in range(0, group_size, BLOCK_NORM):
+                    i = start + tl.arange(0, BLOCK_NORM)
+                    y_i = tl.load(y_ptr + i, mask=i < group_size, other=0.0)
+                    squares += y_i * y_i
+                scale = tl.rsqrt(tl.sum(squares) / group_size + eps)
+                for start in range(0, group_size, BLOCK_NORM):
+                    i = start + tl.arange(0, BLOCK_NORM)
+                    i_inside = i < group_size
+                    y_i = tl.load(y_ptr + i, mask=i_inside, other=0.0) * scale
+                    weight = tl.load(norm_weight_ptr + first + i, mask=i_inside, other=0.0)
+                    y_i *= weight.to(tl.float32)
+                    if NORM == 2:
+                        z = tl.load(z_ptr + first + i, mask=i_inside, other=0.0)
+                        y_i *= silu(z.to(tl.float32))
+                    tl.store(out + mlp + first + i, y_i, mask=i_inside)

@@ -1,0 +1,133 @@
+"""The one-token kernel as a torch operator."""
+# Kernels annotate plain values as constexpr.
+# pyright: reportArgumentType=false
+
+import torch
+from torch import Tensor
+
+from ssm_hf.ops.launch import check_tensors, on_device, tuned
+from ssm_hf.ops.ssd.kernels_step import mamba2_step_kernel
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Fewer programs than this leave a GPU's multiprocessors idle.
+_FEW_PROGRAMS = 512
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << max(size - 1, 0).bit_length()
+
+
+@torch.library.custom_op("ssm_hf::mamba2_step", mutates_args=("conv_state", "ssm_state", "tickets"))
+def mamba2_step_triton(
+    proj: Tensor,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    tickets: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    n_groups: int,
+    dt_low: float,
+    dt_high: float,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    norm_before_gate: bool,
+    convolved: bool,
+) -> Tensor:
+    """See `ssm_hf.ops.ssd.step.mamba2_step`."""
+    check_tensors(
+        "mamba2_step",
+        DTYPES,
+        proj=proj,
+        conv_state=conv_state,
+        ssm_state=ssm_state,
+        tickets=tickets,
+        conv_weight=conv_weight,
+        conv_bias=conv_bias,
+        dt_bias=dt_bias,
+        A_log=A_log,
+        D=D,
+        norm_weight=norm_weight,
+    )
+    if not (conv_state.is_contiguous() and ssm_state.is_contiguous() and tickets.is_contiguous()):
+        raise ValueError("mamba2_step: the states and tickets must be contiguous")
+    if proj.stride(1) != 1:
+        proj = proj.contiguous()
+    batch, heads, head_dim, states = ssm_state.shape
+    width, (channels, taps) = heads * head_dim, conv_weight.shape
+    mlp = (proj.shape[1] - width - channels - heads) // 2
+    out = proj.new_empty(batch, mlp + width)
+    norm = 0 if norm_weight is None else 2 if norm_before_gate else 1
+    scratch = proj.new_empty(batch, width, dtype=torch.float32) if norm else None
+    size = "few" if batch * heads < _FEW_PROGRAMS else "many"
+    options = dict(tuned("mamba2_step", size, proj.device))
+    block_n = _power_of_two(states)
+    # As many channels as fill the tuned number of states, but no more than a head has.
+    block_p = max(1, min(options.pop("BLOCK_STATES") // block_n, _power_of_two(head_dim)))
+    splits = (head_dim + block_p - 1) // block_p
+    per_program = (mlp + heads * splits - 1) // (heads * splits)
+    with on_device(proj):
+        mamba2_step_kernel[(batch * heads * splits,)](
+            proj,
+            conv_state,
+            ssm_state,
+            conv_weight.contiguous(),
+            conv_bias,
+            dt_bias,
+            A_log,
+            D,
+            norm_weight,
+            out,
+            scratch,
+            tickets,
+            proj.stride(0),
+            out.stride(0),
+            heads,
+            heads // n_groups,
+            n_groups,
+            head_dim,
+            states,
+            channels,
+            mlp,
+            splits,
+            dt_low,
+            dt_high,
+            norm_eps,
+            TAPS=taps,
+            HAS_BIAS=conv_bias is not None,
+            CONV=not convolved,
+            NORM=norm,
+            D_PER_CHANNEL=D.shape[0] == width and head_dim > 1,
+            BLOCK_P=block_p,
+            BLOCK_N=block_n,
+            BLOCK_MLP=_power_of_two(per_program) if mlp else 0,
+            BLOCK_NORM=min(_power_of_two(width // n_groups), 2048),
+            **options,
+        )
+    return out
+
+
+@mamba2_step_triton.register_fake
+def _(
+    proj: Tensor,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    tickets: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    n_groups: int,
+    dt_low: float,
+    dt_high: float,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    norm_before_gate: bool,
+    convolved: bool,
+) -> Tensor:
+    width, channels = ssm_state.shape[1] * ssm_state.shape[2], conv_weight.shape[0]
+    mlp = (proj.shape[1] - width - channels - ssm_state.shape[1]) // 2
+    return proj.new_empty(proj.shape[0], mlp + width)

@@ -1,0 +1,55 @@
+"""Representative launches of the one-token kernels."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from ssm_hf.ops.causal_conv1d.step import causal_conv1d_step_
+from ssm_hf.ops.norm_linear import norm_linear
+from ssm_hf.ops.selective_scan.step import mamba1_step
+from ssm_hf.ops.ssd.step import mamba2_step
+
+
+def _bf16(*shape: int) -> Tensor:
+    return torch.empty(*shape, dtype=torch.bfloat16)
+
+
+def aot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    channels = 24 * 64 + 256
+    mamba2 = {
+        "conv_state": _bf16(32, 3, channels),
+        "ssm_state": torch.empty(32, 24, 64, 128),
+        "tickets": torch.zeros(32, 1, dtype=torch.int32),
+        "conv_weight": _bf16(channels, 4),
+        "conv_bias": _bf16(channels),
+        "dt_bias": torch.empty(24),
+        "A_log": torch.empty(24),
+        "D": torch.empty(24),
+        "n_groups": 1,
+        "impl": "triton",
+    }
+    proj = _bf16(32, 1536 + channels + 24)
+    yield "mamba2", lambda: mamba2_step(proj, **mamba2, norm_weight=_bf16(1536), norm_eps=1e-5)
+    yield "mamba2-convolved", lambda: mamba2_step(proj.float(), **mamba2, convolved=True)
+
+    x, z = _bf16(8, 2 * 1536).chunk(2, dim=1)
+    dt, B, C = _bf16(8, 80).split([48, 16, 16], dim=1)
+    mamba1 = {"A_log": torch.empty(1536, 16), "D": torch.empty(1536), "impl": "triton"}
+    state, low_rank = torch.empty(8, 1536, 16), {"dt_weight": _bf16(1536, 48)}
+    low_rank["dt_bias"] = _bf16(1536)
+    yield "mamba1-low-rank", lambda: mamba1_step(x, dt, B, C, z, state, **mamba1, **low_rank)
+    yield "mamba1", lambda: mamba1_step(x, torch.empty(8, 1536), B, C, z, state, **mamba1)
+
+    window, taps = _bf16(8, 3, 1536), _bf16(1536, 4)
+    yield "conv", lambda: causal_conv1d_step_(x, window, taps, None, impl="triton")
+
+    def linear(rows: int) -> None:
+        conv = {"conv_state": _bf16(rows, 3, 1792), "conv_weight": _bf16(1792, 4)}
+        norm = {"norm_weight": _bf16(768), "eps": 1e-5, "impl": "triton"}
+        norm_linear(torch.empty(rows, 768), _bf16(3352, 768), **conv, **norm, conv_first=1536)
+        norm_linear(torch.empty(rows, 768), _bf16(768, 768), residual=torch.empty(rows, 768),
+                    **norm)  # fmt: skip
+
+    yield "norm_linear-1", lambda: linear(1)
+    yield "norm_linear-8", lambda: linear(8)

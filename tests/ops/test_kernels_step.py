@@ -1,0 +1,229 @@
+"""One-token kernels against plain torch: outputs and the states left behind."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from ssm_hf.ops.causal_conv1d.step import causal_conv1d_step_
+from ssm_hf.ops.dispatch import ImplementationUnavailableError
+from ssm_hf.ops.norm_linear import MOST_ROWS, norm_linear
+from ssm_hf.ops.selective_scan.step import mamba1_step
+from ssm_hf.ops.ssd.step import mamba2_step
+from tests.helpers import kernel_device, relative_error
+
+DEVICE = kernel_device()
+# fp32 sums of up to a few hundred terms, in another order than torch's
+FP32 = 2e-6
+# One rounding of the result to 8 bits; the interpreter cuts off where a GPU rounds.
+BF16 = 5e-3
+
+
+def _draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64).to(DEVICE, dtype)
+
+
+def _both(op, tensors: dict[str, Tensor], in_place: tuple[str, ...], **options: object):
+    """Results of kernel and reference (the latter in fp64), and the tensors changed in place."""
+    results = []
+    for impl in ("triton", "reference"):
+        given = {name: None if t is None else t.clone() for name, t in tensors.items()}
+        if impl == "reference":
+            given = {
+                n: t if t is None or not t.is_floating_point() else t.double()
+                for n, t in given.items()
+            }
+        y = op(**given, **options, impl=impl)
+        results.append([y, *(given[name] for name in in_place)])
+    return results
+
+
+def _check(results: list[list[Tensor]], *tolerances: float) -> None:
+    for got, wanted, tolerance in zip(*results, tolerances, strict=True):
+        assert relative_error(got, wanted) < tolerance
+
+
+@pytest.mark.parametrize("taps", [1, 2, 4])
+@pytest.mark.parametrize("bias", [True, False])
+def test_conv_step_equals_torch(taps: int, bias: bool) -> None:
+    wide = _draw(3, 90)
+    x = wide[:, 7:77]  # a view of a projection
+    tensors = {"window": _draw(3, taps - 1, 70), "weight": _draw(70, taps)}
+    tensors["bias"] = _draw(70) if bias else None
+
+    def op(impl: str, **given: Tensor) -> Tensor:
+        dtype = given["weight"].dtype
+        return causal_conv1d_step_(x.to(dtype), **given, impl=impl)
+
+    _check(_both(op, tensors, ("window",)), FP32, 1e-7 if taps > 1 else 1)
+
+
+CASES = {
+    "usual": {},
+    "groups": {"groups": 2},
+    "every head its group": {"groups": 4},
+    "no norm": {"norm": None},
+    "norm before gate": {"norm": "before", "groups": 2},
+    "D per channel": {"per_channel": True},
+    "gated MLP beside": {"mlp": 10},
+    "dt bounds": {"dt_limit": (0.5, 0.9)},
+    "no conv bias": {"bias": False},
+    "two taps": {"taps": 2},
+    "odd sizes": {"head_dim": 5, "states": 7, "heads": 3},
+    "convolved": {"convolved": True, "norm": None},
+    "convolved, norm": {"convolved": True},
+}
+
+
+def _mamba2_case(
+    dtype: torch.dtype = torch.float32,
+    state_dtype: torch.dtype = torch.float32,
+    batch: int = 3,
+    heads: int = 4,
+    head_dim: int = 8,
+    states: int = 16,
+    groups: int = 1,
+    taps: int = 4,
+    mlp: int = 0,
+    norm: str | None = "after",
+    per_channel: bool = False,
+    bias: bool = True,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    convolved: bool = False,
+):
+    width = heads * head_dim
+    channels = width + 2 * groups * states
+    tensors = {
+        "proj": _draw(batch, 2 * mlp + width + channels + heads, dtype=dtype),
+        "conv_state": _draw(batch, taps - 1, channels, dtype=dtype),
+        "ssm_state": _draw(batch, heads, head_dim, states, dtype=state_dtype),
+        "tickets": torch.zeros(batch, groups, dtype=torch.int32, device=DEVICE),
+        "conv_weight": _draw(channels, taps, dtype=dtype),
+        "conv_bias": _draw(channels, dtype=dtype) if bias else None,
+        "dt_bias": _draw(heads) - 3,
+        "A_log": _draw(heads).abs(),
+        "D": _draw(width if per_channel else heads),
+        "norm_weight": None if norm is None else _draw(width, dtype=dtype),
+    }
+    options = {
+        "n_groups": groups,
+        "dt_limit": dt_limit,
+        "norm_eps": 1e-5,
+        "norm_before_gate": norm == "before",
+        "convolved": convolved,
+    }
+    return tensors, options
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_mamba2_step_equals_torch(case: dict) -> None:
+    tensors, options = _mamba2_case(**case)
+    results = _both(mamba2_step, tensors, ("conv_state", "ssm_state", "tickets"), **options)
+    assert not results[0][3].any()
+    _check([r[:3] for r in results], FP32, 1e-7, FP32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mamba2_step_rounds_only_its_result(dtype: torch.dtype) -> None:
+    tensors, options = _mamba2_case(dtype)
+    results = _both(mamba2_step, tensors, ("conv_state", "ssm_state"), **options)
+    assert results[0][0].dtype == dtype
+    _check(results, BF16, 1e-7, FP32)
+    tensors, options = _mamba2_case(dtype, state_dtype=torch.bfloat16)
+    results = _both(mamba2_step, tensors, ("conv_state", "ssm_state"), **options)
+    _check(results, BF16, 1e-7, BF16)
+
+
+def test_mamba2_step_splits_large_heads_and_finds_views() -> None:
+    tensors, options = _mamba2_case(heads=2, head_dim=64, states=32, batch=2)
+    wide = _draw(2, tensors["proj"].shape[1] + 9)
+    wide[:, 4:-5] = tensors["proj"]
+    results = _both(mamba2_step, tensors, ("conv_state", "ssm_state"), **options)
+    tensors["proj"] = wide[:, 4:-5]
+    view = mamba2_step(**{n: None if t is None else t.clone() if n != "proj" else t
+                          for n, t in tensors.items()}, **options, impl="triton")  # fmt: skip
+    _check(results, FP32, 1e-7, FP32)
+    assert torch.equal(view, results[0][0])
+
+
+@pytest.mark.parametrize("low_rank", [False, True])
+@pytest.mark.parametrize(("inner", "states", "rank"), [(40, 16, 3), (7, 5, 1)])
+def test_mamba1_step_equals_torch(low_rank: bool, inner: int, states: int, rank: int) -> None:
+    width = rank if low_rank else inner
+    row = _draw(2, width + 2 * states)
+    wide = _draw(2, 2 * inner)
+    tensors = {
+        "state": _draw(2, inner, states),
+        "A_log": _draw(inner, states).abs(),
+        "D": _draw(inner),
+        "dt_weight": _draw(inner, rank) if low_rank else None,
+        "dt_bias": _draw(inner) - 3 if low_rank else None,
+    }
+
+    def op(impl: str, **given: Tensor) -> Tensor:
+        dtype = given["D"].dtype
+        x, z = wide.to(dtype).chunk(2, dim=-1)
+        dt, B, C = row.to(dtype).split([width, states, states], dim=-1)
+        return mamba1_step(x, dt, B, C, z, **given, impl=impl)
+
+    _check(_both(op, tensors, ("state",)), FP32, FP32)
+
+
+LINEAR = {
+    "plain": {},
+    "bias": {"bias": True},
+    "norm": {"norm": True},
+    "groups": {"norm": True, "group_size": 75},
+    "residual": {"norm": True, "residual": True},
+    "conv": {"norm": True, "conv": True, "bias": True},
+}
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("case", LINEAR.values(), ids=LINEAR)
+def test_norm_linear_equals_torch(case: dict, rows: int) -> None:
+    size, outputs, channels = 300, 37, 21
+    tensors = {"x": _draw(rows, size), "weight": _draw(outputs, size)}
+    options = {"eps": 1e-5, "group_size": case.get("group_size")}
+    if case.get("bias"):
+        tensors["bias"] = _draw(outputs)
+    if case.get("norm"):
+        tensors["norm_weight"] = _draw(size)
+    if case.get("residual"):
+        tensors["residual"] = _draw(rows, outputs)
+    in_place: tuple[str, ...] = ()
+    if case.get("conv"):
+        tensors |= {"conv_state": _draw(rows, 3, channels), "conv_weight": _draw(channels, 4)}
+        tensors["conv_bias"] = _draw(channels)
+        options["conv_first"] = 9
+        in_place = ("conv_state",)
+    results = _both(norm_linear, tensors, in_place, **options)
+    _check(results, FP32, *(FP32 for _ in in_place))
+
+
+def test_norm_linear_reads_bf16_weights_and_writes_the_asked_dtype() -> None:
+    tensors = {
+        "x": _draw(2, 64),
+        "weight": _draw(20, 64, dtype=torch.bfloat16),
+        "norm_weight": _draw(64, dtype=torch.bfloat16),
+    }
+    (y,), (wanted,) = _both(norm_linear, tensors, (), eps=1e-5)
+    assert y.dtype == torch.float32
+    assert relative_error(y, wanted) < FP32
+    y = norm_linear(**tensors, eps=1e-5, out_dtype=torch.bfloat16, impl="triton")
+    assert y.dtype == torch.bfloat16
+    assert relative_error(y, wanted) < BF16
+
+
+def test_unsupported_arguments_name_what_is_supported() -> None:
+    tensors, options = _mamba2_case()
+    tensors["proj"] = tensors["proj"].double()
+    with pytest.raises(ImplementationUnavailableError, match=r"fp64.*reference"):
+        mamba2_step(**tensors, **options, impl="triton")
+    with pytest.raises(ImplementationUnavailableError, match=f"at most {MOST_ROWS} rows"):
+        norm_linear(_draw(MOST_ROWS + 1, 4), _draw(3, 4), impl="triton")
+    tensors, options = _mamba2_case()
+    tensors["D"] = tensors["D"][1:]
+    with pytest.raises(ValueError, match=r"D must have shape \(4,\) or \(32,\), got \(3,\)"):
+        mamba2_step(**tensors, **options)
+    with pytest.raises(ValueError, match=r"window must have shape \(2, 3, 5\), got \(1, 3, 5\)"):
+        causal_conv1d_step_(_draw(2, 5), _draw(1, 3, 5), _draw(5, 4), None)
