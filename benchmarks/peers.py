@@ -41,7 +41,7 @@ def load(operator: str) -> dict[str, Run | str]:
     return found
 
 
-def _without_cuda_scan() -> None:
+def without_cuda_scan() -> None:
     """Let mamba_ssm be imported where its CUDA extension is not built: its Triton part needs none.
 
     The stand-in has no functions, so whoever calls the CUDA scan fails loudly.
@@ -60,7 +60,7 @@ def _cuda_extension(name: str) -> None:
 
 @_peer("ssd", "mamba_ssm")
 def _ssd_mamba() -> Run:
-    _without_cuda_scan()
+    without_cuda_scan()
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
     def run(x, dt, A, B, C, D=None, z=None, dt_bias=None, initial_state=None, seq_idx=None):
@@ -75,7 +75,7 @@ def _ssd_mamba() -> Run:
 
 @_peer("selective_scan", "mamba_ssm")
 def _selective_scan_mamba() -> Run:
-    _without_cuda_scan()
+    without_cuda_scan()
     _cuda_extension("selective_scan_cuda")
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
@@ -115,7 +115,7 @@ def _conv_cuda() -> Run:
 
 @_peer("rms_norm", "mamba_ssm")
 def _norm_mamba() -> Run:
-    _without_cuda_scan()
+    without_cuda_scan()
     from mamba_ssm.ops.triton.layer_norm import rms_norm_fn
 
     return lambda x, weight: rms_norm_fn(x, weight, None, eps=1e-5)
@@ -130,7 +130,7 @@ def _norm_fla() -> Run:
 
 @_peer("gated_rms_norm", "mamba_ssm")
 def _gated_norm_mamba() -> Run:
-    _without_cuda_scan()
+    without_cuda_scan()
     from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
 
     def run(x, weight, gate, group_size=None):
@@ -155,7 +155,7 @@ def _gated_norm_fla() -> Run:
 
 @_peer("add_rms_norm", "mamba_ssm")
 def _add_norm_mamba() -> Run:
-    _without_cuda_scan()
+    without_cuda_scan()
     from mamba_ssm.ops.triton.layer_norm import rms_norm_fn
 
     def run(x, residual, weight):
@@ -192,7 +192,7 @@ def _loss_torch() -> Run:
 
 @_peer("mixer", "mamba_ssm")
 def _mixer_mamba() -> Run:
-    _without_cuda_scan()
+    without_cuda_scan()
     _cuda_extension("causal_conv1d_cuda")
     from mamba_ssm.ops.triton.ssd_combined import mamba_split_conv1d_scan_combined
 
@@ -208,7 +208,7 @@ def _mixer_mamba() -> Run:
 
 @_peer("ssd_update", "mamba_ssm")
 def _update_mamba() -> Run:
-    _without_cuda_scan()
+    without_cuda_scan()
     from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 
     def run(proj, state, A_log, D, dt_bias, n_groups, unused):

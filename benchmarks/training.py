@@ -1,0 +1,363 @@
+"""Training speed and memory: one forward and backward pass, and a whole optimiser step.
+
+    python -m benchmarks.training [--models mamba2-130m ...] [--ways graph ...] [--peers llama ...]
+
+bf16 autocast over fp32 weights, rows of random tokens, the fused loss for ours and the usual one
+for the peers. Ours is timed three ways (see `model.execution` in training/config.py), the peers
+eagerly or compiled. Before anything is timed, loss and gradients of the kernels are held to those
+of the torch path in fp32.
+
+With --first-step a training run is started in a fresh process with an empty kernel cache, and the
+time until its first step is done is taken.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import ssm_hf
+from benchmarks import common
+from benchmarks.peers import without_cuda_scan
+from training.graph import FlatGradients, GraphedPass
+from training.peaks import peak_flops
+
+VOCAB = 50288
+MODELS = common.ROOT / "configs" / "model"
+Loss = Callable[[Tensor], Tensor]
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+def ours(name: str) -> tuple[nn.Module, Loss]:
+    """A model of configs/model, and ids (B, T) -> loss."""
+    config = AutoConfig.from_pretrained(MODELS / f"{name}.json")
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+    return model, lambda ids: model(ids, labels=ids, use_cache=False, return_logits=False).loss
+
+
+def llama(layers: int, hidden: int, heads: int) -> tuple[nn.Module, Loss]:
+    """A Llama with flash attention and as many parameters as ours, embeddings tied as ours are."""
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=hidden,
+        intermediate_size=hidden * 8 // 3 // 64 * 64,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        attn_implementation="sdpa",
+    )
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config).train()
+    return model, lambda ids: model(ids, labels=ids, use_cache=False).loss
+
+
+def mamba_ssm(name: str) -> tuple[nn.Module, Loss]:
+    """Their Mamba-2 on their Triton scan; where causal-conv1d is not installed, on torch's
+    convolution, which is what their code then takes."""
+    without_cuda_scan()
+    from mamba_ssm.models.config_mamba import MambaConfig
+    from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
+    from mamba_ssm.modules import mamba2
+
+    own = AutoConfig.from_pretrained(MODELS / f"{name}.json")
+    layer = {"layer": "Mamba2", "use_mem_eff_path": mamba2.causal_conv1d_fn is not None}
+    config = MambaConfig(own.hidden_size, n_layer=own.num_hidden_layers, vocab_size=VOCAB,
+                         ssm_cfg=layer)  # fmt: skip
+    torch.manual_seed(0)
+    model = MambaLMHeadModel(config, device="cuda", dtype=torch.float32).train()
+    return model, _loss_of_logits(model)
+
+
+def fla(name: str) -> tuple[nn.Module, Loss]:
+    from fla.models import Mamba2Config, Mamba2ForCausalLM
+
+    own = AutoConfig.from_pretrained(MODELS / f"{name}.json")
+    config = Mamba2Config(
+        hidden_size=own.hidden_size,
+        num_hidden_layers=own.num_hidden_layers,
+        num_heads=own.num_heads,
+        head_dim=own.head_dim,
+        state_size=own.state_size,
+        n_groups=own.n_groups,
+        vocab_size=VOCAB,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = Mamba2ForCausalLM(config).train()
+    return model, lambda ids: model(ids, labels=ids, use_cache=False).loss
+
+
+def _loss_of_logits(model: nn.Module) -> Loss:
+    def loss(ids: Tensor) -> Tensor:
+        logits = model(ids).logits[:, :-1].float()
+        return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+    return loss
+
+
+PEERS: dict[str, Callable[[], tuple[nn.Module, Loss]]] = {
+    "llama": functools.partial(llama, 12, 768, 12),
+    "llama-370m": functools.partial(llama, 24, 1024, 16),
+    "mamba_ssm": functools.partial(mamba_ssm, "mamba2-130m"),
+    "mamba_ssm-370m": functools.partial(mamba_ssm, "mamba2-370m"),
+    "fla": functools.partial(fla, "mamba2-130m"),
+}
+
+
+# --- one pass -------------------------------------------------------------------------------------
+
+
+def backward_pass(loss: Loss) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
+    def run(batch: dict[str, Tensor], share: Tensor) -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16):
+            value = loss(batch["input_ids"])
+        (value * share).backward()
+        return value.detach()
+
+    return run
+
+
+def check(model: nn.Module, loss: Loss, ids: Tensor) -> dict[str, float]:
+    """Error of the bf16 loss and gradients against the torch path in fp32, and the torch path's own
+    in bf16.
+
+    Raises:
+        RuntimeError: the kernels are more than twice as far off.
+    """
+
+    def gradients(impl: str, bf16: bool) -> tuple[float, Tensor]:
+        model.zero_grad(set_to_none=True)
+        with ssm_hf.implementation(impl), torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+            value = loss(ids)
+        value.backward()
+        grads = torch.cat([p.grad.flatten().float() for p in model.parameters()])
+        model.zero_grad(set_to_none=True)
+        return value.item(), grads
+
+    right, exact = gradients("reference", bf16=False)
+    errors = {}
+    for impl in ("auto", "reference"):
+        value, grads = gradients(impl, bf16=True)
+        errors[f"loss_error_{impl}"] = abs(value - right) / right
+        errors[f"gradient_error_{impl}"] = float((grads - exact).norm() / exact.norm())
+    for what in ("loss", "gradient"):
+        bound = 2 * errors[f"{what}_error_reference"] + 1e-3
+        if not errors[f"{what}_error_auto"] <= bound:
+            raise RuntimeError(f"{what}: {errors}; nothing is timed")
+    return errors
+
+
+def peak_gib(run: Callable[[], object]) -> float:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() / 2**30
+
+
+def top_kernels(run: Callable[[], object], count: int = 25) -> str:
+    """A table of the kernels that take most of one call."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    events = sorted(profile.key_averages(), key=lambda e: -e.self_device_time_total)
+    total = sum(e.self_device_time_total for e in events)
+    lines = [f"all kernels: {total / 1e3:.2f} ms, {sum(e.count for e in events)} launches"]
+    for e in events[:count]:
+        ms, share = e.self_device_time_total / 1e3, e.self_device_time_total / total
+        lines.append(f"{ms:8.3f} ms {share:6.1%} {e.count:6d}x  {e.key[:100]}")
+    return "\n".join(lines)
+
+
+def measure(
+    model: nn.Module, loss: Loss, way: str, ids: Tensor, seconds: float, profile: bool
+) -> dict[str, float]:
+    """Speed and memory of one way to run the pass, and of the whole step."""
+    model.zero_grad(set_to_none=True)
+    batch, share = {"input_ids": ids}, torch.ones((), device=ids.device)
+    single = backward_pass(loss)
+    began = time.perf_counter()
+    if way == "graph":
+        gradients = FlatGradients(model.parameters())
+        graphed = GraphedPass(single)
+        peak = peak_gib(lambda: graphed(batch, share))
+        zero = gradients.zero_
+
+        def run() -> None:
+            graphed(batch, share)
+    else:
+        if way == "compile":
+            for block in next(m for m in model.modules() if isinstance(m, nn.ModuleList)):
+                block.compile(fullgraph=True, dynamic=False)
+        elif way == "compile-whole":
+            model.compile(dynamic=False)
+
+        def zero() -> None:
+            model.zero_grad(set_to_none=True)
+
+        def run() -> None:
+            zero()
+            single(batch, share)
+
+        run()
+        zero()
+        torch.cuda.synchronize()
+        peak = peak_gib(run)
+    torch.cuda.synchronize()
+    warm_up = time.perf_counter() - began
+    wall = common.wall_ms(run, seconds)
+    values = {"wall_ms": wall, "device_ms": common.profiled_ms(run)}
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def step() -> None:
+        if way == "graph":
+            zero()
+        run()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    values["step_wall_ms"] = common.wall_ms(step, seconds)
+    if profile:
+        print(top_kernels(step), flush=True)
+    tokens = ids.numel()
+    values |= {
+        "tokens_per_s": 1e3 * tokens / wall,
+        "step_tokens_per_s": 1e3 * tokens / values["step_wall_ms"],
+        "device_tokens_per_s": 1e3 * tokens / values["device_ms"],
+        "peak_gib": peak,
+        "step_peak_gib": peak_gib(step),
+        "warm_up_s": warm_up,
+    }
+    peak_rate = peak_flops(ids.device, "bf16")
+    if hasattr(model, "flops_per_token") and peak_rate is not None:
+        work = 3 * model.flops_per_token(ids.shape[1])
+        values["mfu"] = work * values["tokens_per_s"] / peak_rate
+    return values
+
+
+# --- first step -----------------------------------------------------------------------------------
+
+
+def first_step(model: str) -> dict[str, float]:
+    """Seconds from the start of a training process to the end of its first step, caches empty."""
+    with tempfile.TemporaryDirectory() as folder:
+        text, log = Path(folder) / "text.txt", Path(folder) / "run" / "log.jsonl"
+        text.write_text("A quick brown fox jumps over the lazy dog. " * 20_000)
+        command = [
+            *(sys.executable, "-m", "training.train"),
+            *("--config", str(common.ROOT / "configs" / "train" / "pretrain-mamba2-130m.yaml")),
+            *("--model.config", str(MODELS / f"{model}.json"), "--run_dir", str(log.parent)),
+            *("--tokenizer.source", "byte", "--data.dataset", "null", "--data.streaming", "false"),
+            *("--data.files", str(text), "--data.heldout_fraction", "0", "--tracker", "null"),
+            *("--batch_size", "8", "--micro_batch_size", "8", "--log_every", "1"),
+            *("--max_steps", "3", "--schedule.warmup_steps", "1", "--save_every", "0"),
+        ]
+        caches = {
+            "TRITON_CACHE_DIR": f"{folder}/triton",
+            "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
+        }
+        start = time.monotonic()
+        with open(Path(folder) / "output", "w") as output:
+            process = subprocess.Popen(
+                command, cwd=common.ROOT, env={**os.environ, **caches}, stdout=output, stderr=output
+            )
+        first = started = None
+        while first is None and process.poll() is None:
+            time.sleep(0.02)
+            events = []
+            if log.is_file():
+                with contextlib.suppress(json.JSONDecodeError):  # a line that is being written
+                    events = [json.loads(line)["event"] for line in log.read_text().splitlines()]
+            if started is None and "start" in events:
+                started = time.monotonic() - start
+            if "train" in events:
+                first = time.monotonic() - start
+        process.wait()
+        if first is None or started is None:
+            raise RuntimeError((Path(folder) / "output").read_text()[-3000:])
+    # The figures of a step are written after the next one was launched, some milliseconds late.
+    return {"seconds": first, "until_loop_s": started, "step_s": first - started}
+
+
+# --- main -----------------------------------------------------------------------------------------
+
+
+def runs(arguments: argparse.Namespace) -> Iterator[tuple[str, str, str, Any]]:
+    """(case, provider, way, how to build it)."""
+    for name in arguments.models:
+        family, size = name.split("-")
+        for way in arguments.ways:
+            yield f"train-{size}-{family}", "ssm_hf", way, functools.partial(ours, name)
+    for name in arguments.peers:
+        peer, *size = name.split("-")
+        family = "llama" if peer == "llama" else "mamba2"
+        for way in arguments.peer_ways:
+            case = f"train-{size[0] if size else '130m'}-{family}"
+            provider = "transformers" if peer == "llama" else peer
+            yield case, provider, way, PEERS[name]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="*", default=["mamba2-130m", "mamba-130m"])
+    parser.add_argument("--ways", nargs="*", default=["graph", "eager"],
+                        choices=["graph", "eager", "compile", "compile-whole"])  # fmt: skip
+    parser.add_argument("--peers", nargs="*", default=[], choices=list(PEERS))
+    parser.add_argument("--peer-ways", nargs="*", default=["eager"],
+                        choices=["eager", "compile", "compile-whole", "graph"])  # fmt: skip
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--seconds", type=float, default=1.0, help="spent on each timing")
+    parser.add_argument("--profile", action="store_true", help="print the kernels of one step")
+    parser.add_argument("--first-step", nargs="*", default=[], metavar="MODEL")
+    parser.add_argument("--output", type=Path, default=common.RESULTS / "training.jsonl")
+    arguments = parser.parse_args()
+    ssm_hf.register(override=True)
+
+    def keep(case: str, provider: str, values: dict[str, float], **details: Any) -> None:
+        result = common.record("training", case, provider, values, **details)
+        common.append(arguments.output, result)
+        print(json.dumps(result), flush=True)
+
+    for model in arguments.first_step:
+        keep(f"first-step-{model.split('-')[1]}", "ssm_hf", first_step(model), model=model)
+
+    shape = {"B": arguments.batch, "T": arguments.length}
+    ids = torch.randint(3, 50280, (arguments.batch, arguments.length), device="cuda")
+    for case, provider, way, build in runs(arguments):
+        model, loss = build()
+        details = {
+            "way": way,
+            "shape": shape,
+            "parameters": sum(p.numel() for p in model.parameters()),
+        }
+        if provider == "ssm_hf":
+            details |= check(model, loss, ids[:1, :512])
+        values = measure(model, loss, way, ids, arguments.seconds, arguments.profile)
+        keep(case, provider, values, **details)
+        del model, loss
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
