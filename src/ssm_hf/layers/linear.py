@@ -27,3 +27,11 @@ class Linear(nn.Linear):
         if self.bias is not None:
             y += self.bias
         return y.view(*input.shape[:-1], self.out_features)
+
+
+def linear_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype that a linear layer of this weight computes in: autocast's, else the weight's."""
+    device = weight.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from ssm_hf.layers.linear import linear_dtype
 from ssm_hf.ops import add_rms_norm, rms_norm
 
 
@@ -56,12 +57,6 @@ class ResidualNorm(RMSNorm):
         Without a stream the update is its beginning. The norm is returned in the dtype that the
         next sublayer's linear layers compute in: autocast's, else the weight's.
         """
-        device = update.device.type
-        cast = device != "meta" and torch.is_autocast_enabled(device)
         return add_rms_norm(
-            update,
-            stream,
-            self.weight,
-            eps=self.eps,
-            dtype=torch.get_autocast_dtype(device) if cast else self.weight.dtype,
+            update, stream, self.weight, eps=self.eps, dtype=linear_dtype(self.weight)
         )
