@@ -10,6 +10,7 @@ count; both are medians. Kernels are compiled by parallel processes beforehand.
 
 import argparse
 import functools
+import inspect
 import json
 import os
 import subprocess
@@ -30,6 +31,7 @@ TARGETS = json.loads((common.ROOT / "benchmarks" / "targets.json").read_text())
 # Tolerances guard the timings against wrong results; tests/ops/test_grid.py is the strict check.
 # bf16: a few roundings of 4e-3 each, on gradients that cancel; fp32: products of three tf32 parts.
 TOLERANCE = {torch.bfloat16: 4e-2, torch.float16: 1e-2, torch.float32: 1e-4}
+OURS = "triton"
 # The peers form fp32 products in tf32.
 PEER_TOLERANCE = {**TOLERANCE, torch.float32: 1e-2}
 
@@ -89,7 +91,7 @@ class Check:
     """What the last row of a case must give; made once, used for every provider."""
 
     def __init__(self, case: Case, inputs: Inputs) -> None:
-        self.case, self.inputs = case, inputs
+        self.case = case
         operator = OPERATORS[case.operator]
         narrow = last_row(case, inputs)
         trusted = functools.partial(operator.run, impl="reference")
@@ -99,10 +101,9 @@ class Check:
         if operator.gradients:
             self.gradients = gradients(case, trusted, narrow, self.dy)
 
-    def errors(self, run: Callable[[Inputs], Any]) -> dict[str, float]:
+    def errors(self, run: Callable[[Inputs], Any], inputs: Inputs) -> dict[str, float]:
         """Relative error of outputs and gradients of a whole batch whose last row alone counts."""
         operator = OPERATORS[self.case.operator]
-        inputs = self.inputs
         if not operator.gradients:  # a step writes its state in place
             inputs = {n: v.clone() if isinstance(v, Tensor) else v for n, v in inputs.items()}
         got = outputs(run(inputs))
@@ -115,7 +116,7 @@ class Check:
         whole = [torch.zeros_like(y) for y in got]
         for w, d in zip(whole, self.dy, strict=True):
             (w[-1:] if operator.per_row else w).copy_(d)
-        made = torch.autograd.grad(got, [self.inputs[n] for n in operator.gradients], whole)
+        made = torch.autograd.grad(got, [inputs[n] for n in operator.gradients], whole)
         for name, value, expected in zip(operator.gradients, made, self.gradients, strict=True):
             found[f"d{name}"] = relative(
                 value[-1:] if name in operator.per_row else value, expected
@@ -152,10 +153,23 @@ def measure(case: Case, run: Callable[[Inputs], Any], sets: list[Inputs]) -> dic
 
 def accepts(run: Callable[..., Any], inputs: Inputs) -> str | None:
     """Why a peer cannot take these inputs; None when it can."""
-    code = getattr(run, "__code__", None)
-    known = code.co_varnames[: code.co_argcount] if code else inputs
-    missing = [name for name in inputs if name not in known]
+    peer = getattr(run, "peer", None)
+    if peer is None:
+        return None
+    parameters = inspect.signature(peer).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return None
+    missing = [name for name in inputs if name not in parameters]
     return f"takes no {', '.join(missing)}" if missing else None
+
+
+def relaid(inputs: Inputs, run: Callable[..., Any]) -> Inputs:
+    """The same values in the memory layout that a peer works in, as leaves of their own."""
+    names = getattr(getattr(run, "peer", run), "time_last", ())
+    if not names:
+        return inputs
+    moved = {n: inputs[n].detach().transpose(1, 2).contiguous().transpose(1, 2) for n in names}
+    return {**inputs, **{n: v.requires_grad_(inputs[n].requires_grad) for n, v in moved.items()}}
 
 
 def limits(case: Case) -> dict[str, dict[str, float]]:
@@ -181,7 +195,7 @@ def draw(case: Case, count: int) -> list[Inputs]:
 
 def providers(case: Case) -> dict[str, Callable[[Inputs], Any] | str]:
     found: dict[str, Callable[[Inputs], Any] | str] = {
-        "ssm_hf": functools.partial(OPERATORS[case.operator].run, impl="triton")
+        "ssm_hf": functools.partial(OPERATORS[case.operator].run, impl=OURS)
     }
     for name, run in peers.load(case.operator).items():
         found[name] = run if isinstance(run, str) else _spread(run)
@@ -208,15 +222,16 @@ def bench(case: Case, only: set[str], output: Path) -> None:
             continue
         values: dict[str, Any] = {}
         details: dict[str, Any] = {"operator": case.operator, "listed": case.listed}
-        reason = run if isinstance(run, str) else accepts(getattr(run, "peer", run), sets[0])
+        reason = run if isinstance(run, str) else accepts(run, sets[0])
         if reason is None and not isinstance(run, str):
             try:
-                errors = check.errors(run)
+                laid_out = [relaid(s, run) for s in sets]
+                errors = check.errors(run, laid_out[0])
                 worst = max(errors, key=lambda k: errors[k])
                 details["errors"] = {k: float(f"{v:.2g}") for k, v in errors.items()}
                 allowed = TOLERANCE if name == "ssm_hf" else PEER_TOLERANCE
                 if errors[worst] < allowed[case.dtype]:
-                    values = measure(case, run, sets)
+                    values = measure(case, run, laid_out)
                 else:
                     reason = f"wrong: relative error of {worst} is {errors[worst]:.2g}"
             except Exception as error:  # a provider that fails must not stop the others
@@ -258,11 +273,12 @@ def compile_part(selected: list[Case], part: int, parts: int, choices: Path) -> 
         try:
             (inputs,) = draw(case, 1)
             for run in runs.values():
-                if accepts(getattr(run, "peer", run), inputs) is not None:
+                if accepts(run, inputs) is not None:
                     continue
-                y = outputs(run(inputs))
+                given = relaid(inputs, run)
+                y = outputs(run(given))
                 if OPERATORS[case.operator].gradients:
-                    leaves = [inputs[n] for n in OPERATORS[case.operator].gradients]
+                    leaves = [given[n] for n in OPERATORS[case.operator].gradients]
                     torch.autograd.grad(y, leaves, [torch.ones_like(v) for v in y])
         except Exception as error:  # what fails here is tried, and reported, when it is timed
             print(f"{case.name}: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
