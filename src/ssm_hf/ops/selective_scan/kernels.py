@@ -102,7 +102,7 @@ def _first_saved(row, first, cu_ptr, T, CHUNK: tl.constexpr):
     return place
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def selective_scan_fwd_kernel(
     x_ptr,
     dt_ptr,

@@ -31,7 +31,7 @@ def _segment(segment, segments, length, CHUNK: tl.constexpr):
     return start, tl.minimum(start + size, length)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "segments"])
 def selective_scan_carry_kernel(
     dy_ptr,
     dt_ptr,
@@ -127,7 +127,7 @@ def selective_scan_carry_kernel(
     tl.store(carry_ptr + size + en, k[None, :, :], mask=in_en)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "T", "segments"])
 def selective_scan_bwd_kernel(
     dy_ptr,
     dfinal_ptr,
@@ -175,6 +175,7 @@ def selective_scan_bwd_kernel(
     SOFTPLUS: tl.constexpr,
     CLAMP: tl.constexpr,
     CHUNK: tl.constexpr,
+    BLOCK_F: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -182,7 +183,8 @@ def selective_scan_bwd_kernel(
     """One program per row (or document), segment of the row and block of channels.
 
     Chunks of CHUNK tokens in reverse order: states are formed again from the saved one, once to
-    note the state before each tile in scratch, once tile by tile on the way back.
+    note the state before each tile in scratch (BLOCK_F tokens at a time), once on the way back
+    (BLOCK_T at a time).
 
     dBC (blocks, tokens, 2, N) and dA (rows * segments, E, N), dD and dbias (rows * segments, E)
     are each program's share, to be summed over the first axis.
@@ -193,7 +195,7 @@ def selective_scan_bwd_kernel(
     row, segment = place // segments, place % segments
     e = block * BLOCK_E + tl.arange(0, BLOCK_E)
     n = tl.arange(0, BLOCK_N)
-    t = tl.arange(0, BLOCK_T)
+    t, f = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_F)
     in_e, in_n = e < E, n < N
     batch, first, length = _row_extent(row, cu_ptr, T)
     start, end = _segment(segment, segments, length, CHUNK)
@@ -240,47 +242,87 @@ def selective_scan_bwd_kernel(
     for reverse_chunk in range(0, chunks):
         chunk = chunks - 1 - reverse_chunk
         c0 = start + chunk * CHUNK
-        tiles = tl.cdiv(tl.minimum(end - c0, CHUNK), BLOCK_T)
+        stop = tl.minimum(c0 + CHUNK, end)
+        long = tl.cast(c0, tl.int64)
         entering = tl.load(saved_ptr + chunk * size + en, mask=in_en, other=0.0)
         h = tl.sum(entering, axis=0)
-        for tile in range(0, tiles - 1):
-            tl.store(scratch_ptr + tile * (BLOCK_E * BLOCK_N) + own, h[None, :, :])
-            at = c0 + tile * BLOCK_T + t
-            long = tl.cast(c0 + tile * BLOCK_T, tl.int64)
-            inside = (at < end)[:, None] & in_e[None, :]
-            real = inside
+
+        # Forward through the chunk: the state before each tile goes to scratch.
+        x_at, dt_at, B_at = x_ptr + long * x_t, dt_ptr + long * dt_t, B_ptr + long * B_t
+        noted = scratch_ptr
+        ahead = c0 + f < stop
+        x_next = _load_rows(x_at, x_t, f, e, ahead[:, None] & in_e[None, :])
+        dt_next = _load_rows(dt_at, dt_t, f, e, ahead[:, None] & in_e[None, :])
+        B_next = _load_rows(B_at, B_t, f, n, ahead[:, None] & in_n[None, :])
+        for t0 in range(c0, stop, BLOCK_F):
+            x, raw, B = x_next, dt_next, B_next
+            real = (t0 + f < stop)[:, None] & in_e[None, :]
             if mask_ptr is not None:
-                real &= tl.load(mask_ptr + first + at, mask=at < end, other=0)[:, None] != 0
-            x = _load_rows(x_ptr + long * x_t, x_t, t, e, inside)
-            raw = _load_rows(dt_ptr + long * dt_t, dt_t, t, e, inside)
-            B = _load_rows(B_ptr + long * B_t, B_t, t, n, (at < end)[:, None] & in_n[None, :])
-            drops = tl.zeros((BLOCK_T,), tl.float32)
+                mask = tl.load(mask_ptr + first + t0 + f, mask=t0 + f < stop, other=0)
+                real &= mask[:, None] != 0
+            x_at += BLOCK_F * x_t
+            dt_at += BLOCK_F * dt_t
+            B_at += BLOCK_F * B_t
+            ahead = t0 + BLOCK_F + f < stop
+            x_next = _load_rows(x_at, x_t, f, e, ahead[:, None] & in_e[None, :])
+            dt_next = _load_rows(dt_at, dt_t, f, e, ahead[:, None] & in_e[None, :])
+            B_next = _load_rows(B_at, B_t, f, n, ahead[:, None] & in_n[None, :])
+            drops = tl.zeros((BLOCK_F,), tl.float32)
             if seq_ptr is not None:
-                drops = _document_drops(seq_ptr, at, first, length)
+                drops = _document_drops(seq_ptr, t0 + f, first, length)
             delta = _step_size(raw, bias, real, lowest, highest, SOFTPLUS, CLAMP)
             a = _decays(delta, A2, drops, seq_ptr is not None)
             b = (delta * x)[:, :, None] * B[:, None, :]
-            for i in tl.static_range(BLOCK_T):
+            for i in tl.static_range(BLOCK_F):
+                if i % BLOCK_T == 0:
+                    tl.store(noted + i // BLOCK_T * (BLOCK_E * BLOCK_N) + own, h[None, :, :])
                 h = _row(a, i) * h + _row(b, i)
-        tl.store(scratch_ptr + (tiles - 1) * (BLOCK_E * BLOCK_N) + own, h[None, :, :])
+            noted += BLOCK_F // BLOCK_T * BLOCK_E * BLOCK_N
         tl.debug_barrier()
 
-        for reverse in range(0, tiles):
-            tile = tiles - 1 - reverse
+        # And back, tile by tile.
+        tiles = tl.cdiv(stop - c0, BLOCK_T)
+        long = tl.cast(c0 + (tiles - 1) * BLOCK_T, tl.int64)
+        x_at, dt_at, dy_at = x_ptr + long * x_t, dt_ptr + long * dt_t, dy_ptr + long * dy_t
+        B_at, C_at = B_ptr + long * B_t, C_ptr + long * C_t
+        z_at = dy_at if z_ptr is None else z_ptr + long * z_t
+        noted = scratch_ptr + (tiles - 1) * (BLOCK_E * BLOCK_N)
+        here = long + t < stop
+        x_next = _load_rows(x_at, x_t, t, e, here[:, None] & in_e[None, :])
+        dt_next = _load_rows(dt_at, dt_t, t, e, here[:, None] & in_e[None, :])
+        dy_next = _load_rows(dy_at, dy_t, t, e, here[:, None] & in_e[None, :])
+        B_next = _load_rows(B_at, B_t, t, n, here[:, None] & in_n[None, :])
+        C_next = _load_rows(C_at, C_t, t, n, here[:, None] & in_n[None, :])
+        z_next = x_next
+        if z_ptr is not None:
+            z_next = _load_rows(z_at, z_t, t, e, here[:, None] & in_e[None, :])
+        for tile in range(tiles - 1, -1, -1):
+            x, raw, dy, B, C, z = x_next, dt_next, dy_next, B_next, C_next, z_next
             at = c0 + tile * BLOCK_T + t
-            long = tl.cast(c0 + tile * BLOCK_T, tl.int64)
-            inside = (at < end)[:, None] & in_e[None, :]
-            inside_n = (at < end)[:, None] & in_n[None, :]
+            inside = (at < stop)[:, None] & in_e[None, :]
+            inside_n = (at < stop)[:, None] & in_n[None, :]
+            entering = tl.load(noted + own)
+            noted -= BLOCK_E * BLOCK_N
+            # The tile before this one is whole; in front of the first there is none.
+            x_at -= BLOCK_T * x_t
+            dt_at -= BLOCK_T * dt_t
+            dy_at -= BLOCK_T * dy_t
+            B_at -= BLOCK_T * B_t
+            C_at -= BLOCK_T * C_t
+            more = (t >= 0) & (tile > 0)
+            x_next = _load_rows(x_at, x_t, t, e, more[:, None] & in_e[None, :])
+            dt_next = _load_rows(dt_at, dt_t, t, e, more[:, None] & in_e[None, :])
+            dy_next = _load_rows(dy_at, dy_t, t, e, more[:, None] & in_e[None, :])
+            B_next = _load_rows(B_at, B_t, t, n, more[:, None] & in_n[None, :])
+            C_next = _load_rows(C_at, C_t, t, n, more[:, None] & in_n[None, :])
+            if z_ptr is not None:
+                z_at -= BLOCK_T * z_t
+                z_next = _load_rows(z_at, z_t, t, e, more[:, None] & in_e[None, :])
             real = inside
             if mask_ptr is not None:
-                real &= tl.load(mask_ptr + first + at, mask=at < end, other=0)[:, None] != 0
-            x = _load_rows(x_ptr + long * x_t, x_t, t, e, inside)
-            raw = _load_rows(dt_ptr + long * dt_t, dt_t, t, e, inside)
-            B = _load_rows(B_ptr + long * B_t, B_t, t, n, inside_n)
-            C = _load_rows(C_ptr + long * C_t, C_t, t, n, inside_n)
-            dy = _load_rows(dy_ptr + long * dy_t, dy_t, t, e, real)
-            entering = tl.load(scratch_ptr + tile * (BLOCK_E * BLOCK_N) + own)
-            h = tl.sum(entering, axis=0)
+                mask = tl.load(mask_ptr + first + at, mask=at < stop, other=0)
+                real &= mask[:, None] != 0
+                dy = tl.where(real, dy, 0.0)
             drops = tl.zeros((BLOCK_T,), tl.float32)
             if seq_ptr is not None:
                 drops = _document_drops(seq_ptr, at, first, length)
@@ -288,29 +330,30 @@ def selective_scan_bwd_kernel(
             u = delta * x
             a = _decays(delta, A2, drops, seq_ptr is not None)
             b = u[:, :, None] * B[:, None, :]
-            states, held = b, b
+            h = tl.sum(entering, axis=0)
+            before, states = b, b
             for i in tl.static_range(BLOCK_T):
-                ah = _row(a, i) * h
-                h = ah + _row(b, i)
-                held = _with_row(held, i, ah)
+                before = _with_row(before, i, h)
+                h = _row(a, i) * h + _row(b, i)
                 states = _with_row(states, i, h)
             out = (first + at)[:, None] * E + e[None, :]
             if z_ptr is not None:
-                z = _load_rows(z_ptr + long * z_t, z_t, t, e, inside)
                 y = tl.sum(states * C[:, None, :], axis=2) + D[None, :] * x
                 open_ = _sigmoid(z)
                 tl.store(dz_ptr + out, dy * y * open_ * (1.0 + z * (1.0 - open_)), mask=inside)
                 dy *= z * open_
             dC = tl.sum(states * dy[:, :, None], axis=1)
             cdy = C[:, None, :] * dy[:, :, None]
-            g = cdy
+            g, handed = cdy, cdy
             for i in tl.static_range(BLOCK_T - 1, -1, -1):
                 gi = _row(cdy, i) + k
                 k = _row(a, i) * gi
                 g = _with_row(g, i, gi)
+                handed = _with_row(handed, i, k)
             dB = tl.sum(g * u[:, :, None], axis=1)
             du = tl.sum(g * B[:, None, :], axis=2)
-            exponent = g * held
+            # Gradient of the decay's exponent.
+            exponent = handed * before
             dA += tl.sum(exponent * delta[:, :, None], axis=0)[None, :, :]
             ddelta = x * du + LN2 * tl.sum(exponent * A2, axis=2)
             if CLAMP:
