@@ -6,11 +6,20 @@ from torch import Tensor
 
 from ssm_hf.ops.causal_conv1d.reference import (
     causal_conv1d_recurrent,
-    causal_conv1d_shifted,
     causal_conv1d_step,
+    causal_conv1d_torch,
 )
-from ssm_hf.ops.dispatch import pick
-from ssm_hf.ops.packing import check_packing, document_numbers, in_given_precision, run_per_document
+from ssm_hf.ops.dispatch import HAS_TRITON, pick
+from ssm_hf.ops.launch import unsupported_dtypes
+from ssm_hf.ops.packing import check_packing, in_given_precision
+
+if HAS_TRITON:
+    from ssm_hf.ops.causal_conv1d.launch import causal_conv1d_triton
+else:
+    causal_conv1d_triton = None
+
+# Each tap is a register of its own in the kernels.
+MAX_TAPS = 8
 
 __all__ = ["causal_conv1d", "causal_conv1d_recurrent", "causal_conv1d_step"]
 
@@ -65,19 +74,26 @@ def causal_conv1d(
         raise ValueError(f'activation must be "silu" or None, got {activation!r}')
     taps = weight.shape[1]
     check_packing(batch, length, initial_state, (taps - 1, channels), seq_idx, cu_seqlens, mask)
-    run = pick("causal_conv1d", impl, x.device, reference=causal_conv1d_shifted)
-    if cu_seqlens is not None:
-
-        def run_batch(
-            x: Tensor, initial_state: Tensor | None, mask: Tensor
-        ) -> tuple[Tensor, Tensor]:
-            return run(x, weight, bias, activation, initial_state, None, mask)
-
-        y, state = run_per_document(run_batch, {"x": x}, cu_seqlens, initial_state, mask)
-    elif length == 1 and mask is None and initial_state is not None:
-        y, state = causal_conv1d_step(x[:, 0], weight, bias, activation, initial_state.to(x.dtype))
-        y = y[:, None]
-    else:
-        doc = None if seq_idx is None else document_numbers(seq_idx, mask)
-        y, state = run(x, weight, bias, activation, initial_state, doc, mask)
+    unsupported = unsupported_dtypes(x, weight, bias, initial_state)
+    if unsupported is None and taps > MAX_TAPS:
+        unsupported = f"kernels take 1 to {MAX_TAPS} taps, got K={taps}"
+    run = pick(
+        "causal_conv1d",
+        impl,
+        x.device,
+        reference=causal_conv1d_torch,
+        triton=causal_conv1d_triton,
+        unsupported=unsupported,
+    )
+    y, state = run(
+        x,
+        weight,
+        bias,
+        activation,
+        initial_state,
+        seq_idx,
+        cu_seqlens,
+        mask,
+        return_final_state,
+    )
     return (y, state) if return_final_state else y

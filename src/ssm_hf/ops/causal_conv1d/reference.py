@@ -6,7 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssm_hf.ops.packing import compute_dtype, document_starts
+from ssm_hf.ops.packing import (
+    compute_dtype,
+    document_numbers,
+    document_starts,
+    run_per_document,
+)
 
 
 def _activate(y: Tensor, activation: str | None) -> Tensor:
@@ -160,3 +165,32 @@ def causal_conv1d_shifted(
     if state_doc is not None and last_doc is not None:
         state = state * (state_doc == last_doc)[..., None]
     return y, state
+
+
+def causal_conv1d_torch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    return_final_state: bool,
+) -> tuple[Tensor, Tensor]:
+    """The public function's arguments brought to those of the vectorised path or of one step."""
+    del return_final_state
+    if cu_seqlens is not None:
+
+        def run_batch(
+            x: Tensor, initial_state: Tensor | None, mask: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            return causal_conv1d_shifted(x, weight, bias, activation, initial_state, None, mask)
+
+        return run_per_document(run_batch, {"x": x}, cu_seqlens, initial_state, mask)
+    if x.shape[1] == 1 and mask is None and initial_state is not None:
+        state = initial_state.to(x.dtype)
+        y, state = causal_conv1d_step(x[:, 0], weight, bias, activation, state)
+        return y[:, None], state
+    doc = None if seq_idx is None else document_numbers(seq_idx, mask)
+    return causal_conv1d_shifted(x, weight, bias, activation, initial_state, doc, mask)
