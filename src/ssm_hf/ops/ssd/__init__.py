@@ -12,7 +12,9 @@ if HAS_TRITON:
 else:
     ssd_triton = None
 
-    def why_unsupported(x: Tensor, *others: Tensor | None) -> str | None:
+    def why_unsupported(
+        x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *others: Tensor | None
+    ) -> str | None:
         """Without kernels there is nothing that they could refuse."""
         return None
 

@@ -185,6 +185,42 @@ def ssd_decay_bwd_kernel(
 
 
 @triton.jit
+def load_tile(
+    base, stride, i, n, in_row, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Tokens i and columns n of a (Q, WIDTH) tile at `base`, 0 outside. ROWS and COLUMNS say
+    whether any can be outside: without masks there is less to compute and to keep.
+    """
+    at = base + i[:, None] * stride + n[None, :]
+    if ROWS and COLUMNS:
+        return tl.load(at, mask=in_row[:, None] & (n < WIDTH)[None, :], other=0.0)
+    elif ROWS:
+        return tl.load(at, mask=in_row[:, None], other=0.0)
+    elif COLUMNS:
+        return tl.load(at, mask=(n < WIDTH)[None, :], other=0.0)
+    else:
+        return tl.load(at)
+
+
+@triton.jit
+def store_tile(
+    base, stride, i, n, in_row, value, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Store what `load_tile` would load."""
+    at = base + i[:, None] * stride + n[None, :]
+    value = value.to(base.dtype.element_ty)
+    if ROWS and COLUMNS:
+        tl.store(at, value, mask=in_row[:, None] & (n < WIDTH)[None, :])
+    elif ROWS:
+        tl.store(at, value, mask=in_row[:, None])
+    elif COLUMNS:
+        tl.store(at, value, mask=(n < WIDTH)[None, :])
+    else:
+        tl.store(at, value)
+
+
+@triton.jit
 def gated(dy, z):
     """Gradient before the gate: dy silu(z)."""
     return dy * (z / (1.0 + tl.exp(-z)))
@@ -211,7 +247,8 @@ def walk_states(
     totals_ptr, carry_ptr, cu_ptr, first_ptr,
     row, segment, head, n_block, p_block,
     u_sb, u_st, u_sh, k_sb, k_st, k_sg, z_sb, z_st, z_sh, mask_sb, mask_st,
-    rows, length, heads, per_group, states, head_dim, plane,
+    rows, length, heads, per_group, plane,
+    STATES: tl.constexpr, HEAD_DIM: tl.constexpr, RAGGED: tl.constexpr,
     REVERSE: tl.constexpr, TOTALS: tl.constexpr, SEGMENTS: tl.constexpr, VARLEN: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -230,10 +267,11 @@ def walk_states(
     i = tl.arange(0, Q)
     p = p_block * BLOCK_P + tl.arange(0, BLOCK_P)
     n = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    p_in, n_in = p < head_dim, n < states
-    size = head_dim * states
-    tile = p[:, None] * states + n[None, :]
-    in_tile = p_in[:, None] & n_in[None, :]
+    CUT_P: tl.constexpr = HEAD_DIM % BLOCK_P != 0
+    CUT_N: tl.constexpr = STATES % BLOCK_N != 0
+    size = HEAD_DIM * STATES
+    tile = p[:, None] * STATES + n[None, :]
+    in_tile = (p < HEAD_DIM)[:, None] & (n < STATES)[None, :]
 
     S = tl.zeros((BLOCK_P, BLOCK_N), dtype=tl.float32)
     carry = 1.0
@@ -253,12 +291,10 @@ def walk_states(
         t = start + (v - first) * Q
         in_row = t + i < end
         if not TOTALS:
-            to = states_ptr + (v * heads + head) * size + tile
-            tl.store(to, S.to(states_ptr.dtype.element_ty), mask=in_tile)
-        u_in = in_row[:, None] & p_in[None, :]
-        u = tl.load(u_base + t * u_st + i[:, None] * u_st + p[None, :], mask=u_in, other=0.0)
-        k_in = in_row[:, None] & n_in[None, :]
-        k = tl.load(k_base + t * k_st + i[:, None] * k_st + n[None, :], mask=k_in, other=0.0)
+            to = states_ptr + (v * heads + head) * size
+            store_tile(to, STATES, p, n, p < HEAD_DIM, S, CUT_P, CUT_N, STATES)
+        u = load_tile(u_base + t * u_st, u_st, i, p, in_row, RAGGED, CUT_P, HEAD_DIM)
+        k = load_tile(k_base + t * k_st, k_st, i, n, in_row, RAGGED, CUT_N, STATES)
         at = decay_ptr + (v * heads + head) * Q
         hi, lo = tl.load(at + i), tl.load(at + plane + i)
         hi_end, lo_end = tl.load(at + Q - 1), tl.load(at + plane + Q - 1)
@@ -266,7 +302,7 @@ def walk_states(
         if REVERSE:
             if z_ptr is not None:
                 at_z = z_ptr + batch * z_sb + head * z_sh + t * z_st
-                z = tl.load(at_z + i[:, None] * z_st + p[None, :], mask=u_in, other=0.0)
+                z = load_tile(at_z, z_st, i, p, in_row, RAGGED, CUT_P, HEAD_DIM)
                 u = gated(u, z.to(tl.float32))
             weight = tl.exp2(hi + lo)
             if mask_ptr is not None:
@@ -285,7 +321,7 @@ def walk_states(
         tl.store(to, S, mask=in_tile)
         tl.store(carry_ptr + at_carry + segment * heads, carry)
     elif exit_ptr is not None:
-        last = n_in[None, :] & (p < tl.where(segment == SEGMENTS - 1, head_dim, 0))[:, None]
+        last = in_tile & (p < tl.where(segment == SEGMENTS - 1, HEAD_DIM, 0))[:, None]
         tl.store(exit_ptr + (row * heads + head) * size + tile, S, mask=last)
 
 
@@ -296,7 +332,8 @@ def ssd_states_kernel(
     totals_ptr, carry_ptr, dtotals_ptr, dcarry_ptr, cu_ptr, first_ptr,
     x_sb, x_st, x_sh, B_sb, B_st, B_sg, dy_sb, dy_st, dy_sh, C_sb, C_st, C_sg,
     z_sb, z_st, z_sh, mask_sb, mask_st,
-    rows, length, heads, per_group, states, head_dim, plane, walked,
+    rows, length, heads, per_group, plane, walked,
+    STATES: tl.constexpr, HEAD_DIM: tl.constexpr, RAGGED: tl.constexpr,
     TOTALS: tl.constexpr, SEGMENTS: tl.constexpr, VARLEN: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
@@ -311,10 +348,10 @@ def ssd_states_kernel(
     pid = tl.program_id(0)
     head = pid % heads
     pid = pid // heads
-    n_blocks = tl.cdiv(states, BLOCK_N)
+    n_blocks = tl.cdiv(STATES, BLOCK_N)
     n_block = pid % n_blocks
     pid = pid // n_blocks
-    p_blocks = tl.cdiv(head_dim, BLOCK_P)
+    p_blocks = tl.cdiv(HEAD_DIM, BLOCK_P)
     p_block = pid % p_blocks
     pid = pid // p_blocks
     segment = pid % walked
@@ -325,7 +362,7 @@ def ssd_states_kernel(
             x_ptr, B_ptr, None, None, decay_ptr, states_ptr, initial_ptr, None,
             totals_ptr, carry_ptr, cu_ptr, first_ptr, row, segment, head, n_block, p_block,
             x_sb, x_st, x_sh, B_sb, B_st, B_sg, 0, 0, 0, 0, 0,
-            rows, length, heads, per_group, states, head_dim, plane,
+            rows, length, heads, per_group, plane, STATES, HEAD_DIM, RAGGED,
             False, TOTALS, SEGMENTS, VARLEN, WIDE, PRECISION, Q, BLOCK_P, BLOCK_N, STAGES,
         )  # fmt: skip
     elif dy_ptr is not None:
@@ -333,7 +370,7 @@ def ssd_states_kernel(
             dy_ptr, C_ptr, z_ptr, mask_ptr, decay_ptr, dstates_ptr, dfinal_ptr, dinitial_ptr,
             dtotals_ptr, dcarry_ptr, cu_ptr, first_ptr, row, segment, head, n_block, p_block,
             dy_sb, dy_st, dy_sh, C_sb, C_st, C_sg, z_sb, z_st, z_sh, mask_sb, mask_st,
-            rows, length, heads, per_group, states, head_dim, plane,
+            rows, length, heads, per_group, plane, STATES, HEAD_DIM, RAGGED,
             True, TOTALS, SEGMENTS, VARLEN, WIDE, PRECISION, Q, BLOCK_P, BLOCK_N, STAGES,
         )  # fmt: skip
 
@@ -343,7 +380,8 @@ def ssd_fwd_kernel(
     x_ptr, B_ptr, C_ptr, D_ptr, z_ptr, mask_ptr, decay_ptr, initial_ptr, totals_ptr, carry_ptr,
     y_ptr, ungated_ptr, final_ptr, cu_ptr, first_ptr,
     x_sb, x_st, x_sh, B_sb, B_st, B_sg, C_sb, C_st, C_sg, z_sb, z_st, z_sh, mask_sb, mask_st,
-    rows, length, heads, per_group, states, head_dim, plane,
+    rows, length, heads, per_group, plane,
+    STATES: tl.constexpr, HEAD_DIM: tl.constexpr, RAGGED: tl.constexpr,
     D_PER_CHANNEL: tl.constexpr, SEGMENTS: tl.constexpr, VARLEN: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
@@ -356,7 +394,7 @@ def ssd_fwd_kernel(
     pid = tl.program_id(0)
     head = pid % heads
     pid = pid // heads
-    p_blocks = tl.cdiv(head_dim, BLOCK_P)
+    p_blocks = tl.cdiv(HEAD_DIM, BLOCK_P)
     p_block = pid % p_blocks
     pid = pid // p_blocks
     segment = pid % SEGMENTS
@@ -369,10 +407,11 @@ def ssd_fwd_kernel(
     i = tl.arange(0, Q)
     p = p_block * BLOCK_P + tl.arange(0, BLOCK_P)
     n = tl.arange(0, BLOCK_N)
-    p_in, n_in = p < head_dim, n < states
-    size = head_dim * states
-    tile = p[:, None] * states + n[None, :]
-    in_tile = p_in[:, None] & n_in[None, :]
+    CUT_P: tl.constexpr = HEAD_DIM % BLOCK_P != 0
+    CUT_N: tl.constexpr = STATES != BLOCK_N
+    size = HEAD_DIM * STATES
+    tile = p[:, None] * STATES + n[None, :]
+    in_tile = (p < HEAD_DIM)[:, None] & (n < STATES)[None, :]
     at_carry = (row * SEGMENTS) * heads + head
     S = entry_state(
         tl.zeros((BLOCK_P, BLOCK_N), dtype=tl.float32),
@@ -382,7 +421,8 @@ def ssd_fwd_kernel(
     D = 0.0
     if D_ptr is not None:
         if D_PER_CHANNEL:
-            D = tl.load(D_ptr + head * head_dim + p, mask=p_in, other=0.0).to(tl.float32)[None, :]
+            D = tl.load(D_ptr + head * HEAD_DIM + p, mask=p < HEAD_DIM, other=0.0)
+            D = D.to(tl.float32)[None, :]
         else:
             D = tl.load(D_ptr + head).to(tl.float32)
 
@@ -394,11 +434,9 @@ def ssd_fwd_kernel(
         v = first + c
         t = start + (v - first) * Q
         in_row = t + i < end
-        x_in = in_row[:, None] & p_in[None, :]
-        n_mask = in_row[:, None] & n_in[None, :]
-        x = tl.load(x_base + t * x_st + i[:, None] * x_st + p[None, :], mask=x_in, other=0.0)
-        B = tl.load(B_base + t * B_st + i[:, None] * B_st + n[None, :], mask=n_mask, other=0.0)
-        C = tl.load(C_base + t * C_st + i[:, None] * C_st + n[None, :], mask=n_mask, other=0.0)
+        x = load_tile(x_base + t * x_st, x_st, i, p, in_row, RAGGED, CUT_P, HEAD_DIM)
+        B = load_tile(B_base + t * B_st, B_st, i, n, in_row, RAGGED, CUT_N, STATES)
+        C = load_tile(C_base + t * C_st, C_st, i, n, in_row, RAGGED, CUT_N, STATES)
         B, C = B.to(dot_type), C.to(dot_type)
         at = decay_ptr + (v * heads + head) * Q
         hi, lo = tl.load(at + i), tl.load(at + plane + i)
@@ -425,12 +463,14 @@ def ssd_fwd_kernel(
             at_mask = mask_ptr + batch * mask_sb + (t + i) * mask_st
             is_real = tl.load(at_mask, mask=in_row, other=0) != 0
             y = tl.where(is_real[:, None], y, 0.0)
-        at_y = ((batch * length + t + i) * heads + head)[:, None] * head_dim + p[None, :]
+        at_y = ((batch * length + t) * heads + head) * HEAD_DIM
+        y_st = heads * HEAD_DIM
         if z_ptr is not None:
-            tl.store(ungated_ptr + at_y, y.to(ungated_ptr.dtype.element_ty), mask=x_in)
+            to = ungated_ptr + at_y
+            store_tile(to, y_st, i, p, in_row, y, RAGGED, CUT_P, HEAD_DIM)
             at_z = z_ptr + batch * z_sb + head * z_sh + t * z_st
-            z = tl.load(at_z + i[:, None] * z_st + p[None, :], mask=x_in, other=0.0)
+            z = load_tile(at_z, z_st, i, p, in_row, RAGGED, CUT_P, HEAD_DIM)
             y = gated(y, z.to(tl.float32))
-        tl.store(y_ptr + at_y, y.to(y_ptr.dtype.element_ty), mask=x_in)
+        store_tile(y_ptr + at_y, y_st, i, p, in_row, y, RAGGED, CUT_P, HEAD_DIM)
     if segment == SEGMENTS - 1:
         tl.store(final_ptr + (row * heads + head) * size + tile, S, mask=in_tile)

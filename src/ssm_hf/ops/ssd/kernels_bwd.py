@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ssm_hf.ops.ssd.kernels import gated, place_of_chunk
+from ssm_hf.ops.ssd.kernels import gated, load_tile, place_of_chunk, store_tile
 
 
 @triton.jit
@@ -12,7 +12,8 @@ def ssd_bwd_kernel(
     states_ptr, dstates_ptr, dx_ptr, dz_ptr, dB_ptr, dC_ptr, grad_ptr, dD_ptr,
     cu_ptr, first_ptr, row_ptr,
     x_sb, x_st, x_sh, B_sb, B_st, B_sg, C_sb, C_st, C_sg, z_sb, z_st, z_sh, mask_sb, mask_st,
-    dy_sb, dy_st, dy_sh, rows, length, heads, groups, states, head_dim, plane, part,
+    dy_sb, dy_st, dy_sh, rows, length, heads, groups, plane, part,
+    STATES: tl.constexpr, HEAD_DIM: tl.constexpr, RAGGED: tl.constexpr,
     D_PER_CHANNEL: tl.constexpr, VARLEN: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, Q: tl.constexpr, HEADS: tl.constexpr, HEAD_BLOCKS: tl.constexpr,
     BLOCK_P: tl.constexpr, P_BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -34,26 +35,27 @@ def ssd_bwd_kernel(
     i = tl.arange(0, Q)
     t = token + i
     n = tl.arange(0, BLOCK_N)
-    in_row, n_in = t < end, n < states
-    n_mask = in_row[:, None] & n_in[None, :]
+    CUT_P: tl.constexpr = HEAD_DIM % BLOCK_P != 0
+    CUT_N: tl.constexpr = STATES != BLOCK_N
+    in_row = t < end
     at_B = B_ptr + batch * B_sb + group * B_sg + token * B_st
-    B = tl.load(at_B + i[:, None] * B_st + n[None, :], mask=n_mask, other=0.0).to(dot_type)
+    B = load_tile(at_B, B_st, i, n, in_row, RAGGED, CUT_N, STATES).to(dot_type)
     at_C = C_ptr + batch * C_sb + group * C_sg + token * C_st
-    C = tl.load(at_C + i[:, None] * C_st + n[None, :], mask=n_mask, other=0.0).to(dot_type)
+    C = load_tile(at_C, C_st, i, n, in_row, RAGGED, CUT_N, STATES).to(dot_type)
     is_real = in_row
     if mask_ptr is not None:
         at_mask = mask_ptr + batch * mask_sb + t * mask_st
         is_real = in_row & (tl.load(at_mask, mask=in_row, other=0) != 0)
     BC = tl.dot(B, tl.trans(C), input_precision=PRECISION)
+    MASKED: tl.constexpr = RAGGED or mask_ptr is not None
     causal = i[:, None] <= i[None, :]
     before = i[:, None] < i[None, :]
-    # States of empty chunks were never written.
-    in_state = n < tl.where(token < end, states, 0)
 
     W_sum = tl.zeros((Q, Q), dtype=tl.float32)
     dB = tl.zeros((Q, BLOCK_N), dtype=tl.float32)
     dC = tl.zeros((Q, BLOCK_N), dtype=tl.float32)
-    size = head_dim * states
+    size = HEAD_DIM * STATES
+    y_st = heads * HEAD_DIM
     head_0 = group * (HEADS * HEAD_BLOCKS) + block * HEADS
     for step in tl.range(0, HEADS, num_stages=STAGES):
         head = head_0 + step
@@ -72,26 +74,26 @@ def ssd_bwd_kernel(
         at_end = 0.0
         for p_block in tl.static_range(P_BLOCKS):
             p = p_block * BLOCK_P + tl.arange(0, BLOCK_P)
-            p_in = p < head_dim
-            p_mask = in_row[:, None] & p_in[None, :]
             at_x = x_ptr + batch * x_sb + head * x_sh + token * x_st
-            x = tl.load(at_x + i[:, None] * x_st + p[None, :], mask=p_mask, other=0.0)
+            x = load_tile(at_x, x_st, i, p, in_row, RAGGED, CUT_P, HEAD_DIM)
             at_dy = dy_ptr + batch * dy_sb + head * dy_sh + token * dy_st
-            dy_mask = is_real[:, None] & p_in[None, :]
-            dy = tl.load(at_dy + i[:, None] * dy_st + p[None, :], mask=dy_mask, other=0.0)
-            tile = (v * heads + head) * size + p[:, None] * states + n[None, :]
-            in_tile = p_in[:, None] & in_state[None, :]
-            S = tl.load(states_ptr + tile, mask=in_tile, other=0.0)
-            dS = tl.load(dstates_ptr + tile, mask=in_tile, other=0.0)
-            at_y = ((batch * length + t) * heads + head)[:, None] * head_dim + p[None, :]
+            dy = load_tile(at_dy, dy_st, i, p, is_real, MASKED, CUT_P, HEAD_DIM)
+            at = (v * heads + head) * size
+            # Empty chunks (VARLEN) have no states; RAGGED covers them.
+            in_tile = p < tl.where(token < end, HEAD_DIM, 0)
+            ROWS: tl.constexpr = RAGGED or CUT_P
+            S = load_tile(states_ptr + at, STATES, p, n, in_tile, ROWS, CUT_N, STATES)
+            dS = load_tile(dstates_ptr + at, STATES, p, n, in_tile, ROWS, CUT_N, STATES)
+            at_y = ((batch * length + token) * heads + head) * HEAD_DIM
             if z_ptr is not None:
                 at_z = z_ptr + batch * z_sb + head * z_sh + token * z_st
-                z = tl.load(at_z + i[:, None] * z_st + p[None, :], mask=p_mask, other=0.0)
-                z = z.to(tl.float32)
-                y = tl.load(ungated_ptr + at_y, mask=p_mask, other=0.0).to(tl.float32)
+                z = load_tile(at_z, z_st, i, p, in_row, RAGGED, CUT_P, HEAD_DIM).to(tl.float32)
+                y = load_tile(ungated_ptr + at_y, y_st, i, p, in_row, RAGGED, CUT_P, HEAD_DIM).to(
+                    tl.float32
+                )
                 sigmoid = 1.0 / (1.0 + tl.exp(-z))
                 dz = dy.to(tl.float32) * y * sigmoid * (1.0 + z * (1.0 - sigmoid))
-                tl.store(dz_ptr + at_y, dz.to(dz_ptr.dtype.element_ty), mask=p_mask)
+                store_tile(dz_ptr + at_y, y_st, i, p, in_row, dz, RAGGED, CUT_P, HEAD_DIM)
                 dy = gated(dy.to(tl.float32), z)
             xd, dyd = x.to(dot_type), dy.to(dot_type)
 
@@ -123,13 +125,13 @@ def ssd_bwd_kernel(
             if D_ptr is not None:
                 dy_wide = dy.to(tl.float32)
                 if D_PER_CHANNEL:
-                    D = tl.load(D_ptr + head * head_dim + p, mask=p_in, other=0.0)
+                    D = tl.load(D_ptr + head * HEAD_DIM + p, mask=p < HEAD_DIM, other=0.0)
                     dx += dy_wide * D.to(tl.float32)[None, :]
                 else:
                     dx += dy_wide * tl.load(D_ptr + head).to(tl.float32)
-                at_D = dD_ptr + (v * heads + head) * head_dim + p
-                tl.store(at_D, tl.sum(dy_wide * x_wide, axis=0), mask=p_in)
-            tl.store(dx_ptr + at_y, dx.to(dx_ptr.dtype.element_ty), mask=p_mask)
+                at_D = dD_ptr + (v * heads + head) * HEAD_DIM + p
+                tl.store(at_D, tl.sum(dy_wide * x_wide, axis=0), mask=p < HEAD_DIM)
+            store_tile(dx_ptr + at_y, y_st, i, p, in_row, dx, RAGGED, CUT_P, HEAD_DIM)
         da += tl.where(i == Q - 1, at_end, 0.0)
         at_grad = grad_ptr + (v * heads + head) * Q + i
         tl.store(at_grad, da)
@@ -139,6 +141,7 @@ def ssd_bwd_kernel(
     W = W_sum.to(dot_type)
     dB = tl.dot(W, C, dB, input_precision=PRECISION)
     dC = tl.dot(tl.trans(W), B, dC, input_precision=PRECISION)
-    at_BC = block * part + ((batch * length + t) * groups + group)[:, None] * states + n[None, :]
-    tl.store(dB_ptr + at_BC, dB.to(dB_ptr.dtype.element_ty), mask=n_mask)
-    tl.store(dC_ptr + at_BC, dC.to(dC_ptr.dtype.element_ty), mask=n_mask)
+    at_BC = block * part + ((batch * length + token) * groups + group) * STATES
+    BC_st = groups * STATES
+    store_tile(dB_ptr + at_BC, BC_st, i, n, in_row, dB, RAGGED, CUT_N, STATES)
+    store_tile(dC_ptr + at_BC, BC_st, i, n, in_row, dC, RAGGED, CUT_N, STATES)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssm_hf.ops.launch import check_tensors, on_device, processors, tuned
+from ssm_hf.ops.launch import architecture, check_tensors, on_device, processors, tuned
 from ssm_hf.ops.packing import document_numbers
 from ssm_hf.ops.ssd.kernels import (
     ssd_decay_bwd_kernel,
@@ -69,6 +69,12 @@ class _Launch(NamedTuple):
         """Elements of one (chunks, H, Q) array."""
         return self.chunks * self.heads * CHUNK
 
+    @property
+    def shape(self) -> dict[str, int | bool]:
+        """What kernels are compiled for."""
+        ragged = self.tables[0] is not None or self.length % CHUNK != 0
+        return {"STATES": self.states, "HEAD_DIM": self.head_dim, "RAGGED": ragged}
+
     def options(self, kernel: str) -> dict[str, Any]:
         """Tuned options, with blocks no larger than the arrays."""
         size = "wide" if self.wide else f"n{_block(self.states)}"
@@ -97,7 +103,7 @@ def _describe(x: Tensor, B: Tensor, C: Tensor, cu_seqlens: Tensor | None, length
         numbers = torch.arange(chunks, device=x.device)
         tables = (cu_seqlens, first, torch.searchsorted(first[1:], numbers, right=True))
     precision = "ieee"
-    if x.device.type == "cuda" and torch.version.hip is None:
+    if architecture(x.device).startswith("sm"):
         precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
     return _Launch(
         batch=batch,
@@ -195,7 +201,7 @@ def _states(
         x, B, dy, C, z, mask, decay, outputs[0], outputs[1], entries[0], entries[1], outputs[2],
         state, carry, dstate, dcarry, cu_seqlens, first,
         *_strides(x), *_strides(B), *_strides(dy), *_strides(C), *_strides(z), *_strides(mask, 2),
-        k.rows, k.length, k.heads, k.heads // k.groups, k.states, k.head_dim, k.plane, walked,
+        k.rows, k.length, k.heads, k.heads // k.groups, k.plane, walked, **k.shape,
         TOTALS=find_totals, SEGMENTS=segments, VARLEN=cu_seqlens is not None, WIDE=k.wide,
         PRECISION=k.precision, Q=CHUNK, **options,
     )  # fmt: skip
@@ -252,7 +258,7 @@ def _forward(
             x, B, C, D, z, mask, decay, initial_state, totals, carry, y, ungated, final,
             *k.tables[:2],
             *_strides(x), *_strides(B), *_strides(C), *_strides(z), *_strides(mask, 2),
-            k.rows, k.length, k.heads, k.heads // k.groups, k.states, k.head_dim, k.plane,
+            k.rows, k.length, k.heads, k.heads // k.groups, k.plane, **k.shape,
             D_PER_CHANNEL=D is not None and D.ndim == 2, SEGMENTS=segments,
             VARLEN=cu_seqlens is not None, WIDE=k.wide, PRECISION=k.precision, Q=CHUNK,
             BLOCK_N=_block(k.states), **options,
@@ -324,8 +330,8 @@ def _backward(
             x, B, C, D, z, ungated, mask, dy, decay, states, dstates, dx, dz, dB, dC, grad, dD,
             *k.tables,
             *_strides(x), *_strides(B), *_strides(C), *_strides(z), *_strides(mask, 2),
-            *_strides(dy), k.rows, k.length, k.heads, k.groups, k.states, k.head_dim, k.plane,
-            B.numel(), D_PER_CHANNEL=D is not None and D.ndim == 2,
+            *_strides(dy), k.rows, k.length, k.heads, k.groups, k.plane,
+            B.numel(), **k.shape, D_PER_CHANNEL=D is not None and D.ndim == 2,
             VARLEN=cu_seqlens is not None, WIDE=k.wide, PRECISION=k.precision, Q=CHUNK,
             HEADS=heads, HEAD_BLOCKS=blocks, P_BLOCKS=-(-k.head_dim // options["BLOCK_P"]),
             BLOCK_N=_block(k.states), **options,
