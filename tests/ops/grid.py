@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssm_hf.ops import causal_conv1d, rms_norm, selective_scan, ssd
+from ssm_hf.ops import add_rms_norm, causal_conv1d, rms_norm, selective_scan, ssd
 from ssm_hf.ops.causal_conv1d import causal_conv1d_recurrent
 from ssm_hf.ops.packing import document_numbers
 from ssm_hf.ops.selective_scan import selective_scan_recurrent
@@ -149,6 +149,17 @@ def _draw_norm(row: Row, generator: torch.Generator) -> Inputs:
     return inputs
 
 
+def _draw_add_norm(row: Row, generator: torch.Generator) -> Inputs:
+    inputs = _draw_norm({**row, "extras": False}, generator)
+    if row["extras"]:
+        inputs["residual"] = _randn(generator, *inputs["x"].shape)
+    return inputs
+
+
+def _add_norm(x: Tensor, weight: Tensor, residual: Tensor | None = None, **options: Any) -> Any:
+    return add_rms_norm(x, residual, weight, eps=1e-5, **options)
+
+
 def _finish(y: Tensor, inputs: Inputs) -> Tensor:
     D, z, mask, x = inputs.get("D"), inputs.get("z"), inputs.get("mask"), inputs["x"]
     if D is not None:
@@ -221,6 +232,7 @@ OPERATORS = {
         _conv,
     ),
     "rms_norm": Operator(_draw_norm, functools.partial(rms_norm, eps=1e-5), None),
+    "add_rms_norm": Operator(_draw_add_norm, _add_norm, None),
 }
 
 
