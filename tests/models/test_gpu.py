@@ -8,6 +8,7 @@ from transformers import GenerationConfig
 
 from ssm_hf import Mamba2ForCausalLM, MambaForCausalLM
 from tests.helpers import randomize_, relative_error, tiny
+from training.graph import FlatGradients, GraphedPass
 
 pytestmark = [
     pytest.mark.gpu,
@@ -65,3 +66,72 @@ def test_bf16_autocast_trains_and_generates(pair) -> None:
     assert relative_error(loss, expected) < 3e-2
     for grad in torch.autograd.grad(loss, list(on_gpu.parameters())):
         assert torch.isfinite(grad).all()
+
+
+def packings() -> dict[str, dict[str, torch.Tensor | int]]:
+    numbers = torch.repeat_interleave(torch.arange(3), torch.tensor([20, 1, 29]))[None].cuda()
+    offsets = torch.tensor([0, 20, 21, 50], dtype=torch.int32).cuda()
+    positions = torch.cat([torch.arange(n) for n in (20, 1, 29)])[None].cuda()
+    mask = torch.ones(1, 50, dtype=torch.long).cuda()
+    return {
+        "nothing": {},
+        "mask of ones": {"attention_mask": mask},
+        "padding": {"attention_mask": mask * (torch.arange(50).cuda() > 4)},
+        "positions": {"position_ids": positions},
+        "positions of one document": {"position_ids": torch.arange(50)[None].cuda()},
+        "negative numbers": {"seq_idx": numbers.masked_fill(numbers == 1, -1)},
+        "all": {"position_ids": positions, "seq_idx": numbers, "cu_seq_lens_q": offsets,
+                "cu_seq_lens_k": offsets, "max_length_q": 29, "max_length_k": 29},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("return_logits", [True, False])
+def test_training_pass_never_waits_for_the_gpu(pair, return_logits: bool) -> None:
+    """And gives what the CPU gives, where masks of ones and single documents are dropped."""
+    model, on_gpu = pair
+    ids = torch.randint(3, 96, (1, 50))
+    on_device, options = ids.cuda(), {"use_cache": False, "return_logits": return_logits}
+    for name, given in packings().items():
+        on_gpu(on_device, labels=on_device, **options, **given).loss.backward()  # compiles
+        on_gpu.zero_grad()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            loss = on_gpu(on_device, labels=on_device, **options, **given).loss
+            loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        on_cpu = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+        expected = model(ids, labels=ids, **options, **on_cpu).loss
+        wanted = torch.autograd.grad(expected, list(model.parameters()))
+        assert relative_error(loss.cpu(), expected) < 1e-5, name
+        for p, right in zip(on_gpu.parameters(), wanted, strict=True):
+            assert relative_error(p.grad.cpu(), right) < 1e-4, name
+
+
+def test_replayed_pass_equals_the_eager_one(pair) -> None:
+    _, model = pair
+    graphed_model = copy.deepcopy(model)
+    gradients = FlatGradients(graphed_model.parameters())
+
+    def passes(net):
+        def run(batch, share):
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = net(**batch, use_cache=False, return_logits=False).loss * share
+            loss.backward()
+            return loss.detach()
+
+        return run
+
+    eager, graphed = passes(model), GraphedPass(passes(graphed_model))
+    # Two micro-batches a step, three steps; the last one has another shape.
+    for step, length in enumerate((50, 50, 31)):
+        for share in (torch.tensor(0.25).cuda(), torch.tensor(0.75).cuda()):
+            ids = torch.randint(3, 96, (2, length)).cuda()
+            positions = (torch.arange(length) % 17)[None].expand(2, -1).cuda()
+            batch = {"input_ids": ids, "labels": ids, "position_ids": positions}
+            # The same kernels on the same numbers; sums of tied weights may change their order.
+            assert relative_error(graphed(batch, share), eager(batch, share)) < 1e-6
+        for (name, p), q in zip(model.named_parameters(), graphed_model.parameters(), strict=True):
+            assert relative_error(q.grad, p.grad) < 1e-5, (step, name)
+        model.zero_grad()
+        gradients.zero_()

@@ -19,7 +19,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from ssm_hf import ops
 from ssm_hf.cache import RecurrentCache
 from ssm_hf.generation import current_session
-from ssm_hf.layers.linear import linear_dtype
 from ssm_hf.layers.mixer import Mixer, all_plain, has_own_forward, reset_linear
 from ssm_hf.layers.norm import RMSNorm
 from ssm_hf.models.checkpoint import check_checkpoint
@@ -476,18 +475,11 @@ class CausalLMMixin(GeneratingMixin):
         loss another than the usual one: what they compute is then formed in full.
         """
         head = self.get_output_embeddings()
-        if (
-            not all_plain(head)
-            or head.bias is not None
-            or self.loss_function is not ForCausalLMLoss
-        ):
+        if not all_plain(head) or self.loss_function is not ForCausalLMLoss:
             return None
-        dtype = linear_dtype(head.weight)
-        hidden, weight = hidden.to(dtype), head.weight.to(dtype)
-        if num_items_in_batch is None:
-            return ops.linear_cross_entropy(hidden, weight, targets)
-        total = ops.linear_cross_entropy(hidden, weight, targets, reduction="sum")
-        return total / num_items_in_batch
+        return ops.linear_cross_entropy(
+            hidden, head.weight, targets, bias=head.bias, num_items=num_items_in_batch
+        )
 
 
 def _check_targets(targets: Tensor) -> None:
