@@ -4,9 +4,9 @@ import contextlib
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
-from functorch.compile import make_boxed_func
 from transformers import PreTrainedModel
 
 import ssm_hf

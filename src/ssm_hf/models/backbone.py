@@ -16,13 +16,13 @@ from transformers import initialization as init
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from ssm_hf import ops
 from ssm_hf.cache import RecurrentCache
 from ssm_hf.generation import current_session
 from ssm_hf.layers.mixer import Mixer, all_plain, has_own_forward, reset_linear
 from ssm_hf.layers.norm import RMSNorm
 from ssm_hf.models.checkpoint import check_checkpoint
 from ssm_hf.models.generating import GeneratingMixin, check_cache, one_cache
+from ssm_hf.ops import linear_cross_entropy
 from ssm_hf.ops.packing import check_later, document_starts, next_real
 from ssm_hf.sequence import SequenceInfo
 
@@ -477,7 +477,7 @@ class CausalLMMixin(GeneratingMixin):
         head = self.get_output_embeddings()
         if not all_plain(head) or self.loss_function is not ForCausalLMLoss:
             return None
-        return ops.linear_cross_entropy(
+        return linear_cross_entropy(
             hidden, head.weight, targets, bias=head.bias, num_items=num_items_in_batch
         )
 
