@@ -1,9 +1,12 @@
-"""Triton kernel of the selective scan's forward pass, and what it shares with the backward pass.
+"""Triton kernels of the selective scan's forward pass, and what they share with the backward pass.
 
 A program owns BLOCK_E channels with all their states and walks through time, BLOCK_T tokens at a
 time. Step sizes are formed once per token and channel; decays and inputs of a tile are
 (BLOCK_T, BLOCK_E, BLOCK_N) tensors whose time axis lies inside a thread, so that `_row` and
 `_with_row`, which address one token of a tile, are a choice of registers and cost nothing.
+
+A row may be cut into segments that run side by side: `selective_scan_carry_kernel` then finds out
+what each one hands to the next (backwards: to the one before it).
 """
 
 import triton
@@ -106,7 +109,145 @@ def _first_saved(row, first, cu_ptr, T, CHUNK: tl.constexpr):
     return place
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit
+def _segment(segment, segments, length, CHUNK: tl.constexpr):
+    """First token of a segment and the one after its last: whole chunks, except at the end."""
+    size = tl.cdiv(tl.cdiv(length, segments), CHUNK) * CHUNK
+    start = tl.minimum(segment * size, length)
+    return start, tl.minimum(start + size, length)
+
+
+@triton.jit
+def _handed_on(s, carry_ptr, size, en, in_en):
+    """What leaves a segment when s (1, E, N) enters it; see `selective_scan_carry_kernel`."""
+    decay = tl.load(carry_ptr + en, mask=in_en, other=0.0)
+    return decay * s + tl.load(carry_ptr + size + en, mask=in_en, other=0.0)
+
+
+@triton.jit(do_not_specialize=["T", "segments"])
+def selective_scan_carry_kernel(
+    v_ptr,
+    dt_ptr,
+    A_ptr,
+    W_ptr,
+    z_ptr,
+    bias_ptr,
+    seq_ptr,
+    cu_ptr,
+    mask_ptr,
+    carry_ptr,
+    v_b,
+    v_t,
+    dt_b,
+    dt_t,
+    W_b,
+    W_t,
+    z_b,
+    z_t,
+    T,
+    E,
+    N,
+    segments,
+    lowest,
+    highest,
+    SOFTPLUS: tl.constexpr,
+    CLAMP: tl.constexpr,
+    REVERSE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """carry (rows, segments, 2, E, N): P and Q of the map s -> P s + Q that a segment stands for.
+
+    Forward, s is the state, v is x (B, T, E) and W is B (B, T, N). With REVERSE, s is the gradient
+    that goes from the segment's end to its start, v is y's gradient (gated by z) and W is C.
+    """
+    blocks = tl.cdiv(E, BLOCK_E)
+    place = tl.program_id(0) // blocks
+    row, segment = place // segments, place % segments
+    e = (tl.program_id(0) % blocks) * BLOCK_E + tl.arange(0, BLOCK_E)
+    n = tl.arange(0, BLOCK_N)
+    t = tl.arange(0, BLOCK_T)
+    in_e, in_n = e < E, n < N
+    batch, first, length = _row_extent(row, cu_ptr, T)
+    start, end = _segment(segment, segments, length, CHUNK)
+
+    en = e[None, :, None] * N + n[None, None, :]
+    in_en = in_e[None, :, None] & in_n[None, None, :]
+    A2 = tl.load(A_ptr + en, mask=in_en, other=0.0).to(tl.float32) * LOG2E
+    bias = tl.zeros((BLOCK_E,), tl.float32)
+    if bias_ptr is not None:
+        bias += tl.load(bias_ptr + e, mask=in_e, other=0.0).to(tl.float32)
+
+    v_ptr += batch * v_b + first * v_t
+    dt_ptr += batch * dt_b + first * dt_t
+    W_ptr += batch * W_b + first * W_t
+    if z_ptr is not None:
+        z_ptr += batch * z_b + first * z_t
+    first += batch * T
+
+    s = tl.sum(tl.zeros((1, BLOCK_E, BLOCK_N), tl.float32), axis=0)
+    steps = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
+    dropped = tl.zeros((BLOCK_T,), tl.float32)
+    tiles = tl.cdiv(end - start, BLOCK_T)
+    step = -BLOCK_T if REVERSE else BLOCK_T
+    t0 = start + (tiles - 1) * BLOCK_T if REVERSE else start
+    long = tl.cast(t0, tl.int64)
+    v_ptr += long * v_t
+    dt_ptr += long * dt_t
+    W_ptr += long * W_t
+    if z_ptr is not None:
+        z_ptr += long * z_t
+    here = (t0 + t >= start) & (t0 + t < end)
+    v_next = _load_rows(v_ptr, v_t, t, e, here[:, None] & in_e[None, :])
+    dt_next = _load_rows(dt_ptr, dt_t, t, e, here[:, None] & in_e[None, :])
+    W_next = _load_rows(W_ptr, W_t, t, n, here[:, None] & in_n[None, :])
+    z_next = v_next
+    if z_ptr is not None:
+        z_next = _load_rows(z_ptr, z_t, t, e, here[:, None] & in_e[None, :])
+    for _ in range(0, tiles):
+        v, raw, W, z = v_next, dt_next, W_next, z_next
+        real = (t0 + t < end)[:, None] & in_e[None, :]
+        if mask_ptr is not None:
+            mask = tl.load(mask_ptr + first + t0 + t, mask=t0 + t < end, other=0)
+            real &= mask[:, None] != 0
+        drops = tl.zeros((BLOCK_T,), tl.float32)
+        if seq_ptr is not None:
+            drops = _document_drops(seq_ptr, t0 + t, first, length)
+            dropped += tl.where(t0 + t < end, drops, 0.0)
+        t0 += step
+        v_ptr += step * v_t
+        dt_ptr += step * dt_t
+        W_ptr += step * W_t
+        ahead = (t0 + t >= start) & (t0 + t < end)
+        v_next = _load_rows(v_ptr, v_t, t, e, ahead[:, None] & in_e[None, :])
+        dt_next = _load_rows(dt_ptr, dt_t, t, e, ahead[:, None] & in_e[None, :])
+        W_next = _load_rows(W_ptr, W_t, t, n, ahead[:, None] & in_n[None, :])
+        if z_ptr is not None:
+            z_ptr += step * z_t
+            z_next = _load_rows(z_ptr, z_t, t, e, ahead[:, None] & in_e[None, :])
+            v *= z * _sigmoid(z)
+        delta = _step_size(raw, bias, real, lowest, highest, SOFTPLUS, CLAMP)
+        steps += delta
+        a = _decays(delta, A2, drops, seq_ptr is not None)
+        if REVERSE:
+            added = tl.where(real, v, 0.0)[:, :, None] * W[:, None, :]
+            for i in tl.static_range(BLOCK_T - 1, -1, -1):
+                s = _row(a, i) * (_row(added, i) + s)
+        else:
+            added = (delta * v)[:, :, None] * W[:, None, :]
+            for i in tl.static_range(BLOCK_T):
+                s = _row(a, i) * s + _row(added, i)
+    whole = tl.sum(steps, axis=0)[None, :]
+    decay = _decays(whole, A2, tl.sum(dropped, axis=0)[None], seq_ptr is not None)
+    size = E.to(tl.int64) * N
+    carry_ptr += place.to(tl.int64) * 2 * size
+    tl.store(carry_ptr + en, decay, mask=in_en)
+    tl.store(carry_ptr + size + en, s[None, :, :], mask=in_en)
+
+
+@triton.jit(do_not_specialize=["T", "segments"])
 def selective_scan_fwd_kernel(
     x_ptr,
     dt_ptr,
@@ -120,6 +261,7 @@ def selective_scan_fwd_kernel(
     seq_ptr,
     cu_ptr,
     mask_ptr,
+    carry_ptr,
     y_ptr,
     final_ptr,
     saved_ptr,
@@ -136,6 +278,7 @@ def selective_scan_fwd_kernel(
     T,
     E,
     N,
+    segments,
     lowest,
     highest,
     SOFTPLUS: tl.constexpr,
@@ -145,17 +288,19 @@ def selective_scan_fwd_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program per row (or document) and block of channels.
+    """One program per row (or document), segment of the row and block of channels.
 
     saved (places, E, N), if given, receives the state before every CHUNK-th token of a row.
     """
     blocks = tl.cdiv(E, BLOCK_E)
-    row = tl.program_id(0) // blocks
+    place = tl.program_id(0) // blocks
+    row, segment = place // segments, place % segments
     e = (tl.program_id(0) % blocks) * BLOCK_E + tl.arange(0, BLOCK_E)
     n = tl.arange(0, BLOCK_N)
     t = tl.arange(0, BLOCK_T)
     in_e, in_n = e < E, n < N
     batch, first, length = _row_extent(row, cu_ptr, T)
+    start, end = _segment(segment, segments, length, CHUNK)
 
     # Loaded as three axes: this load decides how the threads share channels and states.
     en = e[None, :, None] * N + n[None, None, :]
@@ -172,31 +317,35 @@ def selective_scan_fwd_kernel(
     if initial_ptr is not None:
         initial = tl.load(initial_ptr + row * size + en, mask=in_en, other=0.0)
         state += initial.to(tl.float32)
+    if carry_ptr is not None:
+        carry_ptr += row.to(tl.int64) * segments * 2 * size
+        for before in range(0, segment):
+            state = _handed_on(state, carry_ptr + before * 2 * size, size, en, in_en)
     h = tl.sum(state, axis=0)
 
-    x_ptr += batch * x_b + first * x_t
-    dt_ptr += batch * dt_b + first * dt_t
-    B_ptr += batch * B_b + first * B_t
-    C_ptr += batch * C_b + first * C_t
-    if z_ptr is not None:
-        z_ptr += batch * z_b + first * z_t
     if saved_ptr is not None:
-        saved_ptr += _first_saved(row, first, cu_ptr, T, CHUNK) * size
+        saved_ptr += (_first_saved(row, first, cu_ptr, T, CHUNK) + start // CHUNK) * size
+    x_ptr += batch * x_b + (first + start) * x_t
+    dt_ptr += batch * dt_b + (first + start) * dt_t
+    B_ptr += batch * B_b + (first + start) * B_t
+    C_ptr += batch * C_b + (first + start) * C_t
+    if z_ptr is not None:
+        z_ptr += batch * z_b + (first + start) * z_t
     first += batch * T
-    y_ptr += first * E
+    y_ptr += (first + start) * E
 
-    inside = (t < length)[:, None] & in_e[None, :]
-    inside_n = (t < length)[:, None] & in_n[None, :]
+    inside = (start + t < end)[:, None] & in_e[None, :]
+    inside_n = (start + t < end)[:, None] & in_n[None, :]
     x_next = _load_rows(x_ptr, x_t, t, e, inside)
     dt_next = _load_rows(dt_ptr, dt_t, t, e, inside)
     B_next = _load_rows(B_ptr, B_t, t, n, inside_n)
     C_next = _load_rows(C_ptr, C_t, t, n, inside_n)
-    for t0 in range(0, length, BLOCK_T):
+    for t0 in range(start, end, BLOCK_T):
         x, raw, B, C = x_next, dt_next, B_next, C_next
-        inside = (t0 + t < length)[:, None] & in_e[None, :]
+        inside = (t0 + t < end)[:, None] & in_e[None, :]
         real = inside
         if mask_ptr is not None:
-            real &= tl.load(mask_ptr + first + t0 + t, mask=t0 + t < length, other=0)[:, None] != 0
+            real &= tl.load(mask_ptr + first + t0 + t, mask=t0 + t < end, other=0)[:, None] != 0
         if z_ptr is not None:
             z = _load_rows(z_ptr, z_t, t, e, inside)
             z_ptr += BLOCK_T * z_t
@@ -205,7 +354,7 @@ def selective_scan_fwd_kernel(
         dt_ptr += BLOCK_T * dt_t
         B_ptr += BLOCK_T * B_t
         C_ptr += BLOCK_T * C_t
-        ahead = t0 + BLOCK_T + t < length
+        ahead = t0 + BLOCK_T + t < end
         x_next = _load_rows(x_ptr, x_t, t, e, ahead[:, None] & in_e[None, :])
         dt_next = _load_rows(dt_ptr, dt_t, t, e, ahead[:, None] & in_e[None, :])
         B_next = _load_rows(B_ptr, B_t, t, n, ahead[:, None] & in_n[None, :])
@@ -233,5 +382,5 @@ def selective_scan_fwd_kernel(
             y = tl.where(real, y, 0.0)
         tl.store(y_ptr + t[:, None] * E + e[None, :], y, mask=inside)
         y_ptr += BLOCK_T * E
-    if final_ptr is not None:
+    if segment == segments - 1:
         tl.store(final_ptr + row * size + en, h[None, :, :], mask=in_en)

@@ -1,8 +1,4 @@
-"""Triton kernels of the selective scan's backward pass.
-
-Tiles are laid out as in the forward kernel. A row may be cut into segments that run side by side:
-`selective_scan_carry_kernel` then finds out what each one hands to the segment before it.
-"""
+"""Triton kernel of the selective scan's backward pass; tiles are laid out as in the forward one."""
 
 import triton
 import triton.language as tl
@@ -11,9 +7,11 @@ from ssm_hf.ops.selective_scan.kernels import (
     _decays,
     _document_drops,
     _first_saved,
+    _handed_on,
     _load_rows,
     _row,
     _row_extent,
+    _segment,
     _sigmoid,
     _step_size,
     _with_row,
@@ -21,110 +19,6 @@ from ssm_hf.ops.selective_scan.kernels import (
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def _segment(segment, segments, length, CHUNK: tl.constexpr):
-    """First token of a segment and the one after its last: whole chunks, except at the end."""
-    size = tl.cdiv(tl.cdiv(length, segments), CHUNK) * CHUNK
-    start = tl.minimum(segment * size, length)
-    return start, tl.minimum(start + size, length)
-
-
-@triton.jit(do_not_specialize=["T", "segments"])
-def selective_scan_carry_kernel(
-    dy_ptr,
-    dt_ptr,
-    A_ptr,
-    C_ptr,
-    z_ptr,
-    bias_ptr,
-    seq_ptr,
-    cu_ptr,
-    mask_ptr,
-    carry_ptr,
-    dy_b,
-    dy_t,
-    dt_b,
-    dt_t,
-    C_b,
-    C_t,
-    z_b,
-    z_t,
-    T,
-    E,
-    N,
-    segments,
-    lowest,
-    highest,
-    SOFTPLUS: tl.constexpr,
-    CLAMP: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """carry (rows, segments, 2, E, N): P and Q of the map k -> P k + Q from the gradient that
-    enters a segment at its end to the one that leaves it at its start.
-    """
-    blocks = tl.cdiv(E, BLOCK_E)
-    place = tl.program_id(0) // blocks
-    row, segment = place // segments, place % segments
-    e = (tl.program_id(0) % blocks) * BLOCK_E + tl.arange(0, BLOCK_E)
-    n = tl.arange(0, BLOCK_N)
-    t = tl.arange(0, BLOCK_T)
-    in_e, in_n = e < E, n < N
-    batch, first, length = _row_extent(row, cu_ptr, T)
-    start, end = _segment(segment, segments, length, CHUNK)
-
-    en = e[None, :, None] * N + n[None, None, :]
-    in_en = in_e[None, :, None] & in_n[None, None, :]
-    A2 = tl.load(A_ptr + en, mask=in_en, other=0.0).to(tl.float32) * LOG2E
-    bias = tl.zeros((BLOCK_E,), tl.float32)
-    if bias_ptr is not None:
-        bias += tl.load(bias_ptr + e, mask=in_e, other=0.0).to(tl.float32)
-
-    dy_ptr += batch * dy_b + first * dy_t
-    dt_ptr += batch * dt_b + first * dt_t
-    C_ptr += batch * C_b + first * C_t
-    if z_ptr is not None:
-        z_ptr += batch * z_b + first * z_t
-    first += batch * T
-
-    k = tl.sum(tl.zeros((1, BLOCK_E, BLOCK_N), tl.float32), axis=0)
-    steps = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
-    dropped = tl.zeros((BLOCK_T,), tl.float32)
-    tiles = tl.cdiv(end - start, BLOCK_T)
-    for reverse in range(0, tiles):
-        t0 = start + (tiles - 1 - reverse) * BLOCK_T
-        at = t0 + t
-        long = tl.cast(t0, tl.int64)
-        inside = (at < end)[:, None] & in_e[None, :]
-        real = inside
-        if mask_ptr is not None:
-            real &= tl.load(mask_ptr + first + at, mask=at < end, other=0)[:, None] != 0
-        raw = _load_rows(dt_ptr + long * dt_t, dt_t, t, e, inside)
-        dy = _load_rows(dy_ptr + long * dy_t, dy_t, t, e, real)
-        C = _load_rows(C_ptr + long * C_t, C_t, t, n, (at < end)[:, None] & in_n[None, :])
-        if z_ptr is not None:
-            z = _load_rows(z_ptr + long * z_t, z_t, t, e, inside)
-            dy *= z * _sigmoid(z)
-        drops = tl.zeros((BLOCK_T,), tl.float32)
-        if seq_ptr is not None:
-            drops = _document_drops(seq_ptr, at, first, length)
-            dropped += drops
-        delta = _step_size(raw, bias, real, lowest, highest, SOFTPLUS, CLAMP)
-        steps += delta
-        a = _decays(delta, A2, drops, seq_ptr is not None)
-        cdy = C[:, None, :] * dy[:, :, None]
-        for i in tl.static_range(BLOCK_T - 1, -1, -1):
-            k = _row(a, i) * (_row(cdy, i) + k)
-    whole = tl.sum(steps, axis=0)[None, :]
-    decay = _decays(whole, A2, tl.sum(dropped, axis=0)[None], seq_ptr is not None)
-    size = E.to(tl.int64) * N
-    carry_ptr += place.to(tl.int64) * 2 * size
-    tl.store(carry_ptr + en, decay, mask=in_en)
-    tl.store(carry_ptr + size + en, k[None, :, :], mask=in_en)
 
 
 @triton.jit(do_not_specialize=["tokens", "T", "segments"])
@@ -218,9 +112,7 @@ def selective_scan_bwd_kernel(
     if carry_ptr is not None:
         carry_ptr += row.to(tl.int64) * segments * 2 * size
         for after in range(segments - 1, segment, -1):
-            at_segment = carry_ptr + after * 2 * size
-            decay = tl.load(at_segment + en, mask=in_en, other=0.0)
-            leaving = decay * leaving + tl.load(at_segment + size + en, mask=in_en, other=0.0)
+            leaving = _handed_on(leaving, carry_ptr + after * 2 * size, size, en, in_en)
     k = tl.sum(leaving, axis=0)
 
     dy_ptr += batch * dy_b + first * dy_t

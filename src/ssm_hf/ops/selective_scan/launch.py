@@ -15,11 +15,11 @@ from ssm_hf.ops.launch import (
     unsupported_dtypes,
 )
 from ssm_hf.ops.packing import document_numbers
-from ssm_hf.ops.selective_scan.kernels import selective_scan_fwd_kernel
-from ssm_hf.ops.selective_scan.kernels_bwd import (
-    selective_scan_bwd_kernel,
+from ssm_hf.ops.selective_scan.kernels import (
     selective_scan_carry_kernel,
+    selective_scan_fwd_kernel,
 )
+from ssm_hf.ops.selective_scan.kernels_bwd import selective_scan_bwd_kernel
 
 # Triton's annotations do not know that plain values may stand for constants.
 _fwd_kernel: Any = selective_scan_fwd_kernel
@@ -74,6 +74,68 @@ def _outputs(
     return x.new_empty(x.shape), final, saved
 
 
+def _segments(rows: int, x: Tensor, options: dict[str, Any], full: int, fill: int) -> int:
+    """Pieces to cut every row into, so that a small batch of long rows fills the GPU.
+
+    Segments cost a pass of their own, so there are none where `full` warps for each multiprocessor
+    are at work already; else there are as many as make it `fill` warps.
+    """
+    warps = rows * -(-x.shape[2] // options["BLOCK_E"]) * options["num_warps"]
+    if warps >= full * processors(x.device):
+        return 1
+    length = x.shape[0] * x.shape[1] // rows
+    return max(1, min(-(-fill * processors(x.device) // warps), length // (4 * CHUNK)))
+
+
+def _carries(
+    v: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    W: Tensor,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    packing: tuple[Tensor | None, Tensor | None, Tensor | None],
+    rows: int,
+    segments: int,
+    limits: dict[str, Any],
+    reverse: bool,
+) -> Tensor | None:
+    """What each segment of a row hands on (rows, segments, 2, I, N); None where there is but one.
+
+    Arguments as `selective_scan_carry_kernel` takes them.
+    """
+    if segments == 1:
+        return None
+    inner, states = A.shape
+    options = _options("selective_scan_carry", v.device, inner, states)
+    carry = A.new_empty(rows, segments, 2, inner, states, dtype=torch.float32)
+    _carry_kernel[(rows * segments * -(-inner // options["BLOCK_E"]),)](
+        v,
+        dt,
+        A,
+        W,
+        z,
+        dt_bias,
+        *packing,
+        carry,
+        *_strides(v, dt, W, z),
+        v.shape[1],
+        inner,
+        states,
+        segments,
+        **limits,
+        REVERSE=reverse,
+        CHUNK=CHUNK,
+        **options,
+    )
+    return carry
+
+
+def _limits(dt_softplus: bool, lowest: float, highest: float) -> dict[str, Any]:
+    clamp = lowest > 0 or not math.isinf(highest)
+    return {"lowest": lowest, "highest": highest, "SOFTPLUS": dt_softplus, "CLAMP": clamp}
+
+
 @torch.library.custom_op("ssm_hf::selective_scan_fwd", mutates_args=())
 def _forward(
     x: Tensor,
@@ -97,23 +159,28 @@ def _forward(
     y, final, saved = _outputs(x, A, cu_seqlens, save)
     rows, inner, states = final.shape
     options = _options("selective_scan_fwd", x.device, inner, states)
+    segments = _segments(rows, x, options, options.pop("FULL"), options.pop("FILL"))
+    limits = _limits(dt_softplus, lowest, highest)
     x, dt, B, C = (_rows(v) for v in (x, dt, B, C))
     z = None if z is None else _rows(z)
-    grid = (rows * -(-inner // options["BLOCK_E"]),)
+    A = A.contiguous()
+    D, dt_bias, initial_state = (_flat(v) for v in (D, dt_bias, initial_state))
+    packing = _flat(seq_idx), _flat(cu_seqlens), _flat(mask)
+    grid = (rows * segments * -(-inner // options["BLOCK_E"]),)
     with on_device(x):
+        carry = _carries(x, dt, A, B, None, dt_bias, packing, rows, segments, limits, False)
         _fwd_kernel[grid](
             x,
             dt,
-            A.contiguous(),
+            A,
             B,
             C,
-            _flat(D),
+            D,
             z,
-            _flat(dt_bias),
-            _flat(initial_state),
-            _flat(seq_idx),
-            _flat(cu_seqlens),
-            _flat(mask),
+            dt_bias,
+            initial_state,
+            *packing,
+            carry,
             y,
             final,
             saved if save else None,
@@ -121,11 +188,9 @@ def _forward(
             x.shape[1],
             inner,
             states,
-            lowest,
-            highest,
+            segments,
+            **limits,
             CHUNK=CHUNK,
-            SOFTPLUS=dt_softplus,
-            CLAMP=lowest > 0 or not math.isinf(highest),
             **options,
         )
     return y, final, saved
@@ -135,12 +200,6 @@ def _forward(
 def _(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, cu_seqlens, mask, dt_softplus, lowest,
       highest, save):  # pyright: ignore  # fmt: skip
     return _outputs(x, A, cu_seqlens, save)
-
-
-def _segments(programs: int, length: int, device: torch.device) -> int:
-    """Pieces to cut rows of about `length` tokens into, so that every multiprocessor has work."""
-    wanted = -(-processors(device) * 4 // programs)
-    return max(1, min(wanted, length // (4 * CHUNK)))
 
 
 @torch.library.custom_op("ssm_hf::selective_scan_bwd", mutates_args=())
@@ -169,21 +228,16 @@ def _backward(
     states = A.shape[1]
     rows = _number_of_rows(x, cu_seqlens)
     options = _options("selective_scan_bwd", x.device, inner, states)
-    carry_options = _options("selective_scan_carry", x.device, inner, states)
-    blocks = -(-inner // options["BLOCK_E"])
-    segments = _segments(rows * blocks, batch * length // rows, x.device)
+    segments = _segments(rows, x, options, options.pop("FULL"), options.pop("FILL"))
+    limits = _limits(dt_softplus, lowest, highest)
     dy, x, dt, B, C = (_rows(v) for v in (dy, x, dt, B, C))
     z = None if z is None else _rows(z)
     A = A.contiguous()
-    D, dt_bias, seq_idx, cu_seqlens, mask, dfinal = (
-        _flat(v) for v in (D, dt_bias, seq_idx, cu_seqlens, mask, dfinal)
-    )
+    D, dt_bias, dfinal = (_flat(v) for v in (D, dt_bias, dfinal))
+    packing = _flat(seq_idx), _flat(cu_seqlens), _flat(mask)
+    blocks = -(-inner // options["BLOCK_E"])
+    programs = rows * segments * blocks
     wide: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
-    limits = {
-        "SOFTPLUS": dt_softplus,
-        "CLAMP": lowest > 0 or not math.isinf(highest),
-    }
-    carry = None
     dx, ddt = x.new_empty(x.shape), dt.new_empty(dt.shape)
     dz = None if z is None else z.new_empty(z.shape)
     dBC = torch.empty(blocks, batch, length, 2, states, **wide)
@@ -192,33 +246,9 @@ def _backward(
     dbias = None if dt_bias is None else torch.empty(rows * segments, inner, **wide)
     dinitial = None if initial_state is None else torch.empty(rows, inner, states, **wide)
     tiles = CHUNK // options["BLOCK_T"]
-    programs = rows * segments * blocks
     scratch = torch.empty(programs, tiles, options["BLOCK_E"], options["BLOCK_N"], **wide)
     with on_device(x):
-        if segments > 1:
-            carry = torch.empty(rows, segments, 2, inner, states, **wide)
-            _carry_kernel[(rows * segments * -(-inner // carry_options["BLOCK_E"]),)](
-                dy,
-                dt,
-                A,
-                C,
-                z,
-                dt_bias,
-                seq_idx,
-                cu_seqlens,
-                mask,
-                carry,
-                *_strides(dy, dt, C, z),
-                length,
-                inner,
-                states,
-                segments,
-                lowest,
-                highest,
-                CHUNK=CHUNK,
-                **limits,
-                **carry_options,
-            )
+        carry = _carries(dy, dt, A, C, z, dt_bias, packing, rows, segments, limits, True)
         _bwd_kernel[(programs,)](
             dy,
             dfinal,
@@ -230,9 +260,7 @@ def _backward(
             D,
             z,
             dt_bias,
-            seq_idx,
-            cu_seqlens,
-            mask,
+            *packing,
             saved,
             carry,
             scratch,
@@ -250,10 +278,8 @@ def _backward(
             inner,
             states,
             segments,
-            lowest,
-            highest,
-            CHUNK=CHUNK,
             **limits,
+            CHUNK=CHUNK,
             **options,
         )
     dBC = dBC.sum(0)
