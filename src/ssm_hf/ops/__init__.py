@@ -1,6 +1,7 @@
 """Operators: a folder each, with one public function, its reference and its kernels."""
 
 from ssm_hf.ops.causal_conv1d import causal_conv1d
+from ssm_hf.ops.cross_entropy import linear_cross_entropy
 from ssm_hf.ops.dispatch import (
     ImplementationUnavailableError,
     implementation,
@@ -18,6 +19,7 @@ __all__ = [
     "causal_conv1d",
     "implementation",
     "implementations",
+    "linear_cross_entropy",
     "linear_scan",
     "print_implementations",
     "rms_norm",

@@ -1,0 +1,55 @@
+"""Triton kernels of the cross-entropy."""
+
+import triton
+import triton.language as tl
+
+# Below every logit that is not -inf, and finite: differences with it are never NaN.
+_LOWEST = tl.constexpr(-3.0e38)
+
+
+@triton.jit
+def cross_entropy_kernel(
+    logits_ptr, targets_ptr, losses_ptr, stride, vocabulary, ignore_index,
+    GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Loss of one token a program; its logits become their gradient."""
+    token = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + token * stride
+    target = tl.load(targets_ptr + token)
+    column = tl.arange(0, BLOCK)
+    if target == ignore_index:
+        tl.store(losses_ptr + token, 0.0)
+        if GRADIENT:
+            zero = tl.zeros((BLOCK,), logits_ptr.dtype.element_ty)
+            for start in range(0, vocabulary, BLOCK):
+                tl.store(row_ptr + start + column, zero, mask=start + column < vocabulary)
+    else:
+        highest = _LOWEST
+        total = 0.0
+        for start in range(0, vocabulary, BLOCK):
+            inside = start + column < vocabulary
+            logits = tl.load(row_ptr + start + column, mask=inside, other=-float("inf"))
+            logits = logits.to(tl.float32)
+            new = tl.maximum(highest, tl.max(logits, axis=0))
+            total = total * tl.exp(highest - new) + tl.sum(tl.exp(logits - new), axis=0)
+            highest = new
+        normaliser = highest + tl.log(total)
+        there = (target >= 0) & (target < vocabulary)
+        logit = tl.load(row_ptr + target, mask=there, other=float("nan")).to(tl.float32)
+        tl.store(losses_ptr + token, normaliser - logit)
+        if GRADIENT:
+            for start in range(0, vocabulary, BLOCK):
+                inside = start + column < vocabulary
+                logits = tl.load(row_ptr + start + column, mask=inside, other=0.0).to(tl.float32)
+                grad = tl.exp(logits - normaliser) - tl.where(start + column == target, 1.0, 0.0)
+                tl.store(row_ptr + start + column, grad, mask=inside)
+
+
+@triton.jit
+def scale_kernel(x_ptr, factor_ptr, count_ptr, y_ptr, size, BLOCK: tl.constexpr):
+    """y = x * factor, 0 where nothing was counted."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    factor = tl.load(factor_ptr).to(tl.float32)
+    factor = tl.where(tl.load(count_ptr) > 0, factor, 0.0)
+    x = tl.load(x_ptr + at, mask=at < size, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, x * factor, mask=at < size)
