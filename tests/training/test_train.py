@@ -1,6 +1,7 @@
 """Whole runs of a tiny model, in this process."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -289,3 +290,27 @@ def test_tiny_example_runs():
     assert done.returncode == 0, done.stderr
     losses = [float(line.split()[3]) for line in done.stdout.splitlines() if "loss" in line]
     assert losses[0] > 5 > 3 > losses[1]
+
+
+def test_two_processes_train_like_one(recipe, tmp_path):
+    """Data parallel over gloo: the same rows, targets and clipping, so the same weights."""
+    common = ["--save_every", "0", "--eval_every", "0", "--data.files", str(chats(tmp_path))]
+    common += ["--data.format", "chat", "--data.seq_len", "64", "--optimizer.grad_clip", "0.5"]
+    run_dir = run(recipe, *common)
+    alone, alone_events = weights(run_dir), events(run_dir, "train")
+    shutil.rmtree(run_dir)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = ["-m", "training.train", "--config", str(recipe), "--micro_batch_size", "1"]
+    done = subprocess.run(
+        [sys.executable, *launch, *script, *common],
+        cwd=ROOT,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    # fp32 sums in another order, and six steps of Adam on top of them.
+    assert largest_difference(alone, weights(run_dir)) < 1e-4
+    for one, two in zip(alone_events, events(run_dir, "train"), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
