@@ -80,8 +80,9 @@ def _assert_same(
             assert got[name].dtype == leaf.dtype, name
 
 
-@pytest.mark.parametrize("taps", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("length", [1, 2, 21])
+@pytest.mark.parametrize(
+    ("taps", "length"), [(1, 9), (2, 1), (3, 21), (4, 1), (4, 2), (4, 21), (8, 4), (8, 18)]
+)
 def test_conv_kernel_equals_torch(taps: int, length: int) -> None:
     _assert_same(_leaves(2, length, 5, taps))
 
@@ -121,8 +122,9 @@ def _numbers(batch: int, length: int, often: float) -> Tensor:
     return ((torch.rand(batch, length) < often).cumsum(1) * 3 + 7).to(DEVICE)
 
 
-@pytest.mark.parametrize("kind", ["left", "right", "middle"])
-@pytest.mark.parametrize("length", [2, 20])
+@pytest.mark.parametrize(
+    ("kind", "length"), [("left", 20), ("right", 20), ("middle", 20), ("middle", 2)]
+)
 def test_conv_kernel_skips_pads(kind: str, length: int) -> None:
     _assert_same(_leaves(4, length, 5, 4), mask=_mask(kind, 4, length))
 
@@ -137,12 +139,11 @@ def test_conv_kernel_keeps_packed_documents_apart(often: float, state: bool) -> 
     _assert_same(leaves, seq_idx=_numbers(2, 21, often).int(), mask=_mask("middle", 3, 21)[1:])
 
 
-@pytest.mark.parametrize("taps", [2, 4])
-def test_conv_kernel_breaks_between_any_tokens(taps: int) -> None:
+def test_conv_kernel_breaks_between_any_tokens() -> None:
     # Every pattern of breaks among the first tokens, and so among the last.
     patterns = torch.cartesian_prod(*[torch.tensor([0, 1])] * 3)
     seq_idx = torch.nn.functional.pad(patterns, (1, 0)).cumsum(1).to(DEVICE)
-    _assert_same(_leaves(8, 4, 3, taps), seq_idx=seq_idx)
+    _assert_same(_leaves(8, 4, 3, 4), seq_idx=seq_idx)
 
 
 @pytest.mark.parametrize("state", [True, False])

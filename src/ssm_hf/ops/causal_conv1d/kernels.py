@@ -16,11 +16,6 @@ import triton.language as tl
 
 
 @triton.jit
-def _append(items, item):
-    return items + (item,)  # noqa: RUF005
-
-
-@triton.jit
 def _position(order_ptr, rank, length):
     position = rank
     if order_ptr is not None:
@@ -65,7 +60,7 @@ def _window(
             mask = inside & kept & (v < start)
             row = TAPS - 1 + v - start
             x += _state_row(state_ptr, state_at, row, channels, channel, mask, x_ptr)
-        window = (x,) + window  # noqa: RUF005
+        window = (x,) + window
     return window
 
 
@@ -81,7 +76,7 @@ def _restart(
         if PER_DOCUMENT and state_ptr is not None:
             at = number.to(tl.int64) * ((TAPS - 1) * channels)
             row = _state_row(state_ptr, at, i, channels, channel, inside & fresh, x_ptr)
-        new = _append(new, tl.where(fresh, row, window[i]))
+        new = new + (tl.where(fresh, row, window[i]),)
     return new
 
 
@@ -96,7 +91,7 @@ def _taps(weight_ptr, bias_ptr, channel, channels, TAPS: tl.constexpr):
     weights = ()
     for k in tl.static_range(TAPS):
         w = tl.load(weight_ptr + channel * TAPS + k, mask=channel < channels, other=0.0)
-        weights = _append(weights, w.to(tl.float32))
+        weights = weights + (w.to(tl.float32),)
     bias = tl.zeros(channel.shape, tl.float32)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)
@@ -127,11 +122,11 @@ def _fetch(
         place = _position(order_ptr, rank + u, length)
         mask = inside & (rank + u < end)
         x = tl.load(x_ptr + place * stride_x + channel, mask=mask, other=0.0)
-        places = _append(places, place)
-        inputs = _append(inputs, x)
+        places = places + (place,)
+        inputs = inputs + (x,)
         if numbers_ptr is not None:
             number = tl.load(numbers_ptr + place, mask=rank + u < length, other=0)
-            numbers = _append(numbers, number)
+            numbers = numbers + (number,)
     return places, inputs, numbers
 
 
@@ -225,7 +220,7 @@ def causal_conv1d_fwd_kernel(
                         channels, channel, inside, PER_DOCUMENT, TAPS,
                     )  # fmt: skip
                     before = number
-                window = _append(window, inputs[u].to(tl.float32))
+                window = window + (inputs[u].to(tl.float32),)
                 y = _convolved(window, weights, bias, TAPS)
                 if SILU:
                     y *= _sigmoid(y)
@@ -253,7 +248,7 @@ def _spread(pending, q, weights, age, HAS_NUMBERS: tl.constexpr, TAPS: tl.conste
         part = q * weights[i]
         if HAS_NUMBERS and i < TAPS - 1:
             part = tl.where(age >= TAPS - 1 - i, part, 0.0)
-        new = _append(new, pending[i] + part)
+        new = new + (pending[i] + part,)
     return new
 
 
@@ -271,9 +266,9 @@ def _step_bwd(
         )
         before = number
         age = tl.where(fresh, 0, age + 1)
-    window = _append(window, x.to(tl.float32))
+    window = window + (x.to(tl.float32),)
     q = _before_silu(dy, _convolved(window, weights, bias, TAPS), SILU)
-    pending = _spread(_append(pending, grad), q, weights, age, HAS_NUMBERS, TAPS)
+    pending = _spread(pending + (grad,), q, weights, age, HAS_NUMBERS, TAPS)
     return window, q, pending, before, age
 
 
@@ -322,8 +317,8 @@ def causal_conv1d_bwd_kernel(
             grads = ()
             for i in tl.static_range(TAPS - 1):
                 row = _state_row(state_ptr, state_at, i, channels, channel, mask, x_ptr)
-                window = _append(window, row)
-                grads = _append(grads, tl.zeros(row.shape, tl.float32))
+                window = window + (row,)
+                grads = grads + (tl.zeros(row.shape, tl.float32),)
             unbroken = start <= end
             for a in tl.static_range(TAPS - 1):
                 t = start + a
@@ -334,7 +329,7 @@ def causal_conv1d_bwd_kernel(
                     unbroken = unbroken & (same | (t >= end))
                 at = _position(order_ptr, t, length) * stride_x
                 x = tl.load(x_ptr + at + channel, mask=mask & (t < end), other=0.0)
-                window = _append(window, x.to(tl.float32))
+                window = window + (x.to(tl.float32),)
                 at = _position(order_ptr, t, length) * stride_dy
                 dy = tl.load(dy_ptr + at + channel, mask=mask & unbroken & (t < end), other=0.0)
                 q = _before_silu(dy, _convolved(window, weights, bias, TAPS), SILU)
@@ -343,7 +338,7 @@ def causal_conv1d_bwd_kernel(
                     grad = grads[i]
                     if i >= a:
                         grad += q * weights[i - a]
-                    new = _append(new, grad)
+                    new = new + (grad,)
                 grads = new
                 window = window[1:]
             for i in tl.static_range(TAPS - 1):
@@ -385,9 +380,9 @@ def causal_conv1d_bwd_kernel(
         pending = ()
         sums = (zeros,)
         for _i in tl.static_range(TAPS - 1):
-            pending = _append(pending, zeros)
+            pending = pending + (zeros,)
         for _i in tl.static_range(TAPS):
-            sums = _append(sums, zeros)
+            sums = sums + (zeros,)
         age = tl.zeros(part.shape, tl.int32)
 
         for step in range(STEPS):
@@ -419,8 +414,8 @@ def causal_conv1d_bwd_kernel(
                 if partial_ptr is not None:
                     new = ()
                     for k in tl.static_range(TAPS):
-                        new = _append(new, sums[k] + q * window[k])
-                    sums = _append(new, sums[TAPS] + q)
+                        new = new + (sums[k] + q * window[k],)
+                    sums = new + (sums[TAPS] + q,)
                 v = t - (TAPS - 1)
                 at = _position(order_ptr, v, length) * channels
                 mask = inside & (v >= first) & (v < length)
