@@ -22,8 +22,8 @@ def ssd_bwd_kernel(
 
     One program for a chunk, a group and HEADS of its heads. dB and dC are summed over these heads
     in registers; with HEAD_BLOCKS > 1 each block writes a part (HEAD_BLOCKS, B, T, G, N) of its
-    own. grad (3, chunks, H, Q) is what `ssd_decay_bwd_kernel` reads; dD is (chunks, H, P). Tiles of
-    pairs of tokens are [s, t], s <= t.
+    own. grad (3, chunks, H, Q) is what `ssd_decay_bwd_kernel` reads; dD is (chunks, H, P) for D per
+    channel, else (chunks, H, Q). Tiles of pairs of tokens are [s, t], s <= t.
     """
     dot_type: tl.constexpr = tl.float32 if WIDE else x_ptr.dtype.element_ty
     pid = tl.program_id(0)
@@ -49,7 +49,7 @@ def ssd_bwd_kernel(
     BC = tl.dot(B, tl.trans(C), input_precision=PRECISION)
     MASKED: tl.constexpr = RAGGED or mask_ptr is not None
     causal = i[:, None] <= i[None, :]
-    before = i[:, None] < i[None, :]
+    diagonal = i[:, None] == i[None, :]
 
     W_sum = tl.zeros((Q, Q), dtype=tl.float32)
     dB = tl.zeros((Q, BLOCK_N), dtype=tl.float32)
@@ -65,13 +65,18 @@ def ssd_bwd_kernel(
         hi_end, lo_end = tl.load(at + Q - 1), tl.load(at + plane + Q - 1)
         exponent = (hi[None, :] - hi[:, None]) + (lo[None, :] - lo[:, None])
         M = tl.exp2(tl.where(causal, exponent, float("-inf")))
-        scores = (BC * M).to(dot_type)
         from_entry = tl.exp2(hi + lo)
         to_exit = tl.exp2((hi_end - hi) + (lo_end - lo))
+        # dx_s = sum of scores[s, t] dy_t + what comes from the state that leaves
+        scores = BC * M * delta[:, None]
+        if D_ptr is not None and not D_PER_CHANNEL:
+            scores += tl.where(diagonal, tl.load(D_ptr + head).to(tl.float32), 0.0)
+        scores = scores.to(dot_type)
         da = tl.zeros((Q,), dtype=tl.float32)
         left = tl.zeros((Q,), dtype=tl.float32)
         dscale = tl.zeros((Q,), dtype=tl.float32)
-        at_end = 0.0
+        dD = tl.zeros((Q,), dtype=tl.float32)
+        kept = 0.0
         for p_block in tl.static_range(P_BLOCKS):
             p = p_block * BLOCK_P + tl.arange(0, BLOCK_P)
             at_x = x_ptr + batch * x_sb + head * x_sh + token * x_st
@@ -88,55 +93,57 @@ def ssd_bwd_kernel(
             if z_ptr is not None:
                 at_z = z_ptr + batch * z_sb + head * z_sh + token * z_st
                 z = load_tile(at_z, z_st, i, p, in_row, RAGGED, CUT_P, HEAD_DIM).to(tl.float32)
-                y = load_tile(ungated_ptr + at_y, y_st, i, p, in_row, RAGGED, CUT_P, HEAD_DIM).to(
-                    tl.float32
-                )
+                y = load_tile(
+                    ungated_ptr + at_y, y_st, i, p, in_row, RAGGED, CUT_P, HEAD_DIM
+                ).to(tl.float32)
                 sigmoid = 1.0 / (1.0 + tl.exp(-z))
                 dz = dy.to(tl.float32) * y * sigmoid * (1.0 + z * (1.0 - sigmoid))
                 store_tile(dz_ptr + at_y, y_st, i, p, in_row, dz, RAGGED, CUT_P, HEAD_DIM)
                 dy = gated(dy.to(tl.float32), z)
-            xd, dyd = x.to(dot_type), dy.to(dot_type)
+            xd, dyd, S, dS = x.to(dot_type), dy.to(dot_type), S.to(dot_type), dS.to(dot_type)
 
-            # Inside the chunk
+            # Between tokens of the chunk
             W = tl.dot(xd, tl.trans(dyd), input_precision=PRECISION)
-            W *= M * delta[:, None]
-            W_sum += W
-            # A token's effect on itself has no decay; with it, much would cancel below.
-            pairs = tl.where(before, W * BC, 0.0)
+            if D_ptr is not None and not D_PER_CHANNEL:
+                dD += tl.sum(tl.where(diagonal, W, 0.0), axis=1)
+            W *= M
+            pairs = W * BC
+            dscale += tl.sum(pairs, axis=1)
+            # A token's effect on itself has no decay; with it, much would cancel in da.
+            pairs = tl.where(diagonal, 0.0, pairs * delta[:, None])
             da += tl.sum(pairs, axis=0) - tl.sum(pairs, axis=1)
-            du = tl.dot(scores, dyd, input_precision=PRECISION)
+            W_sum += W * delta[:, None]
+            dx = tl.dot(scores, dyd, input_precision=PRECISION)
             # From the state that enters
-            dyS = tl.dot(dyd, S.to(dot_type), input_precision=PRECISION) * from_entry[:, None]
+            dyS = tl.dot(dyd, S, input_precision=PRECISION) * from_entry[:, None]
             dC += dyS
             da += tl.sum(C.to(tl.float32) * dyS, axis=1)
             # To the state that leaves
-            BdS = tl.dot(B, tl.trans(dS.to(dot_type)), input_precision=PRECISION)
-            BdS *= to_exit[:, None]
-            du += BdS
+            BdS = tl.dot(B, tl.trans(dS), input_precision=PRECISION) * to_exit[:, None]
+            dx += BdS * delta[:, None]
             x_wide = x.to(tl.float32)
-            left += tl.sum(x_wide * BdS, axis=1) * delta
-            whole = tl.sum(tl.sum(S.to(tl.float32) * dS.to(tl.float32), axis=1), axis=0)
-            at_end += tl.exp2(hi_end + lo_end) * whole
+            left += tl.sum(x_wide * BdS, axis=1)
             leaving = (x_wide * (delta * to_exit)[:, None]).to(dot_type)
-            dB = tl.dot(leaving, dS.to(dot_type), dB, input_precision=PRECISION)
+            dB = tl.dot(leaving, dS, dB, input_precision=PRECISION)
+            # <S, dS>: as a product, so that both are nothing but operands of products.
+            product = tl.dot(S, tl.trans(dS), input_precision=PRECISION)
+            on_diagonal = tl.arange(0, BLOCK_P)[:, None] == tl.arange(0, BLOCK_P)[None, :]
+            kept += tl.sum(tl.sum(tl.where(on_diagonal, product, 0.0), axis=1), axis=0)
 
-            dscale += tl.sum(x_wide * du, axis=1)
-            dx = du * delta[:, None]
-            if D_ptr is not None:
+            if D_ptr is not None and D_PER_CHANNEL:
+                D = tl.load(D_ptr + head * HEAD_DIM + p, mask=p < HEAD_DIM, other=0.0)
                 dy_wide = dy.to(tl.float32)
-                if D_PER_CHANNEL:
-                    D = tl.load(D_ptr + head * HEAD_DIM + p, mask=p < HEAD_DIM, other=0.0)
-                    dx += dy_wide * D.to(tl.float32)[None, :]
-                else:
-                    dx += dy_wide * tl.load(D_ptr + head).to(tl.float32)
+                dx += dy_wide * D.to(tl.float32)[None, :]
                 at_D = dD_ptr + (v * heads + head) * HEAD_DIM + p
                 tl.store(at_D, tl.sum(dy_wide * x_wide, axis=0), mask=p < HEAD_DIM)
             store_tile(dx_ptr + at_y, y_st, i, p, in_row, dx, RAGGED, CUT_P, HEAD_DIM)
-        da += tl.where(i == Q - 1, at_end, 0.0)
+        da += tl.where(i == Q - 1, tl.exp2(hi_end + lo_end) * kept, 0.0)
         at_grad = grad_ptr + (v * heads + head) * Q + i
         tl.store(at_grad, da)
-        tl.store(at_grad + plane, left)
-        tl.store(at_grad + 2 * plane, dscale)
+        tl.store(at_grad + plane, left * delta)
+        tl.store(at_grad + 2 * plane, dscale + left)
+        if D_ptr is not None and not D_PER_CHANNEL:
+            tl.store(dD_ptr + (v * heads + head) * Q + i, dD)
 
     W = W_sum.to(dot_type)
     dB = tl.dot(W, C, dB, input_precision=PRECISION)

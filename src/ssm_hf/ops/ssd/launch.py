@@ -27,6 +27,8 @@ _bwd_kernel: Any = ssd_bwd_kernel
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST = 256
 CHUNK = 64
+# A segment of fewer chunks would cost more to enter than it saves.
+SHORTEST_SEGMENT = 4
 
 
 def why_unsupported(
@@ -102,9 +104,11 @@ def _describe(x: Tensor, B: Tensor, C: Tensor, cu_seqlens: Tensor | None, length
         first = F.pad(counts.cumsum(0), (1, 0))
         numbers = torch.arange(chunks, device=x.device)
         tables = (cu_seqlens, first, torch.searchsorted(first[1:], numbers, right=True))
-    precision = "ieee"
-    if architecture(x.device).startswith("sm"):
+    precision, where = "ieee", architecture(x.device)
+    if where.startswith("sm"):
         precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    # Triton's interpreter multiplies the bits of bf16 numbers as if they were integers.
+    interpreted = where == "cpu"
     return _Launch(
         batch=batch,
         length=length,
@@ -116,7 +120,7 @@ def _describe(x: Tensor, B: Tensor, C: Tensor, cu_seqlens: Tensor | None, length
         chunks=chunks,
         longest=-(-length // CHUNK),
         tables=tables,
-        wide=x.dtype == torch.float32 or not x.dtype == B.dtype == C.dtype,
+        wide=interpreted or x.dtype == torch.float32 or not x.dtype == B.dtype == C.dtype,
         precision=precision,
         device=x.device,
     )
@@ -173,8 +177,7 @@ def _limited(step: tuple[bool, float, float]) -> bool:
 def _segments(k: _Launch, programs: int, wanted: int) -> int:
     """Pieces of a row that are walked at once, so that `wanted` programs run per processor."""
     segments = -(-wanted * processors(k.device) // programs)
-    # A segment of fewer chunks would cost more to enter than it saves.
-    return max(1, min(segments, k.longest // 4))
+    return max(1, min(segments, k.longest // SHORTEST_SEGMENT))
 
 
 def _states(
@@ -313,7 +316,8 @@ def _backward(
     sums = x.new_empty(2, k.chunks, k.heads, dtype=torch.float32)
     dD = None
     if D is not None:
-        dD = x.new_empty(k.chunks, k.heads, k.head_dim, dtype=torch.float32)
+        last = k.head_dim if D.ndim == 2 else CHUNK
+        dD = x.new_empty(k.chunks, k.heads, last, dtype=torch.float32)
     with on_device(x):
         decay = _decays(k, dt, A, dt_bias, doc, mask, step)
         _states_of_chunks(k, x, B, dy, C, z, mask, decay, initial_state, dfinal, dinitial,
