@@ -183,9 +183,9 @@ def _add_norm_work(s: Shape, item: int, backward: bool) -> Work:
 def _draw_loss(s: Shape, dtype: torch.dtype) -> Inputs:
     tokens = s["B"] * s["T"]
     return {
-        "x": _normal(tokens, s["D"], dtype=dtype),
+        "hidden": _normal(tokens, s["D"], dtype=dtype),
         "weight": _normal(s["V"], s["D"], dtype=dtype, scale=s["D"] ** -0.5),
-        "labels": torch.randint(s["V"], (tokens,), device=DEVICE),
+        "targets": torch.randint(s["V"], (tokens,), device=DEVICE),
     }
 
 
@@ -324,11 +324,11 @@ OPERATORS = {
     ),
     "linear_cross_entropy": Operator(
         _draw_loss,
-        lambda inputs, impl: ops.linear_cross_entropy(**inputs, impl=impl),
+        _forward(ops.linear_cross_entropy),
         _loss_work,
         # A mean over all tokens has no part that depends on a few of them alone.
         (),
-        ("x", "weight"),
+        ("hidden", "weight"),
     ),
     "mixer": Operator(
         _draw_mixer,

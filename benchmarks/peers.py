@@ -186,12 +186,15 @@ def _add_norm_fla() -> Run:
 def _loss_fla() -> Run:
     from fla.modules.fused_linear_cross_entropy import fused_linear_cross_entropy_loss
 
-    return lambda x, weight, labels: fused_linear_cross_entropy_loss(x, labels, weight)
+    return lambda hidden, weight, targets: fused_linear_cross_entropy_loss(hidden, targets, weight)
 
 
 @_peer("linear_cross_entropy", "torch")
 def _loss_torch() -> Run:
-    return lambda x, weight, labels: F.cross_entropy(F.linear(x, weight).float(), labels)
+    def run(hidden, weight, targets):
+        return F.cross_entropy(F.linear(hidden, weight).float(), targets)
+
+    return run
 
 
 @_peer("mixer", "mamba_ssm")
@@ -233,11 +236,12 @@ def _update_mamba() -> Run:
 
 
 class Autotuners:
-    """The peers' Triton autotuners: every candidate is compiled in parallel and measured briefly.
+    """The peers' Triton autotuners: candidates are compiled in parallel and measured briefly.
 
     Their own search compiles one candidate after another, minutes for one shape. What is chosen is
-    theirs: the fastest of their candidates on the first inputs of each key. The choices are kept in
-    a file, so that later runs compile one candidate.
+    theirs: the fastest of their candidates on the first inputs of a key. A kernel's first key tries
+    all of them, further keys the three that were fastest there. Choices are kept in a file, so that
+    later runs compile one candidate.
     """
 
     def __init__(self, choices: Path) -> None:
@@ -265,10 +269,13 @@ class Autotuners:
         return tuple(values + [str(v.dtype) for v in given.values() if isinstance(v, Tensor)])
 
     def _restore(self, name: str, tuner: Any) -> None:
-        for written, options in self.known.get(name, {}).items():
-            for config in tuner.configs:
-                if config.all_kwargs() == options:
-                    tuner.cache[tuple(json.loads(written))] = config
+        known = self.known.get(name)
+        if known is None:
+            return
+        by_options = {json.dumps(c.all_kwargs(), sort_keys=True): c for c in tuner.configs}
+        for key, options in known["chosen"].items():
+            tuner.cache[tuple(json.loads(key))] = by_options[json.dumps(options, sort_keys=True)]
+        tuner.configs = [by_options[json.dumps(o, sort_keys=True)] for o in known["fastest"]]
 
     def compile_only(self, part: int, parts: int) -> None:
         """From now on the peers' autotuned kernels compile their candidates and do not run.
@@ -288,7 +295,9 @@ class Autotuners:
                 _done.add(key)
                 _tuner.nargs = dict(zip(_tuner.arg_names, args, strict=False))
                 chosen = _tuner.cache.get(key)
-                for config in [chosen] if chosen else _tuner.prune_configs(kwargs):
+                candidates = [chosen] if chosen else _tuner.prune_configs(kwargs)
+                _tuner.best_config = candidates[0]  # some callers read it
+                for config in candidates:
                     count += 1
                     if count % parts == part:
                         options = {**kwargs, "warmup": True, **config.all_kwargs()}
@@ -308,9 +317,15 @@ class Autotuners:
     def save(self) -> None:
         """Add what the autotuners have chosen to the file."""
         for name, tuner in self._tuners():
+            if not tuner.cache:
+                continue
+            ranked = sorted(getattr(tuner, "configs_timings", {}).items(), key=lambda kv: kv[1])
+            fastest = [config.all_kwargs() for config, _ in ranked[:3]]
+            known = self.known.setdefault(name, {"chosen": {}, "fastest": fastest})
             for key, config in tuner.cache.items():
-                chosen = self.known.setdefault(name, {})
-                chosen[json.dumps(key)] = config.all_kwargs()
+                known["chosen"][json.dumps(key)] = config.all_kwargs()
+                if config.all_kwargs() not in known["fastest"]:
+                    known["fastest"].append(config.all_kwargs())
         self.path.write_text(json.dumps(self.known, indent=1, sort_keys=True) + "\n")
 
 
