@@ -1,13 +1,14 @@
 """Small odd shapes of every operator, for a tool that watches each access to memory.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \\
-        python -m tests.ops.memcheck
+        python -m tests.ops.memcheck [OPERATOR ...]
 
 Without torch's caching every tensor is an allocation of its own, so that an access one element
 beyond it is seen.
 """
 
 import functools
+import sys
 
 import torch
 
@@ -32,7 +33,8 @@ def rows() -> list[grid.Row]:
 
 def main() -> None:
     device = torch.device("cuda")
-    for operator, op in grid.OPERATORS.items():
+    for operator in sys.argv[1:] or grid.OPERATORS:
+        op = grid.OPERATORS[operator]
         kernel = functools.partial(grid.call, op.run, impl="triton")
         for row in rows():
             grid.evaluate(kernel, grid.draw(operator, row, device))
