@@ -47,6 +47,7 @@ def ssd_bwd_kernel(
         at_mask = mask_ptr + batch * mask_sb + t * mask_st
         is_real = in_row & (tl.load(at_mask, mask=in_row, other=0) != 0)
     BC = tl.dot(B, tl.trans(C), input_precision=PRECISION)
+    CUT_STATE: tl.constexpr = RAGGED or CUT_P
     MASKED: tl.constexpr = RAGGED or mask_ptr is not None
     causal = i[:, None] <= i[None, :]
     diagonal = i[:, None] == i[None, :]
@@ -86,16 +87,15 @@ def ssd_bwd_kernel(
             at = (v * heads + head) * size
             # Empty chunks (VARLEN) have no states; RAGGED covers them.
             in_tile = p < tl.where(token < end, HEAD_DIM, 0)
-            ROWS: tl.constexpr = RAGGED or CUT_P
-            S = load_tile(states_ptr + at, STATES, p, n, in_tile, ROWS, CUT_N, STATES)
-            dS = load_tile(dstates_ptr + at, STATES, p, n, in_tile, ROWS, CUT_N, STATES)
+            S = load_tile(states_ptr + at, STATES, p, n, in_tile, CUT_STATE, CUT_N, STATES)
+            dS = load_tile(dstates_ptr + at, STATES, p, n, in_tile, CUT_STATE, CUT_N, STATES)
             at_y = ((batch * length + token) * heads + head) * HEAD_DIM
             if z_ptr is not None:
                 at_z = z_ptr + batch * z_sb + head * z_sh + token * z_st
                 z = load_tile(at_z, z_st, i, p, in_row, RAGGED, CUT_P, HEAD_DIM).to(tl.float32)
-                y = load_tile(
-                    ungated_ptr + at_y, y_st, i, p, in_row, RAGGED, CUT_P, HEAD_DIM
-                ).to(tl.float32)
+                y = load_tile(ungated_ptr + at_y, y_st, i, p, in_row, RAGGED, CUT_P, HEAD_DIM).to(
+                    tl.float32
+                )
                 sigmoid = 1.0 / (1.0 + tl.exp(-z))
                 dz = dy.to(tl.float32) * y * sigmoid * (1.0 + z * (1.0 - sigmoid))
                 store_tile(dz_ptr + at_y, y_st, i, p, in_row, dz, RAGGED, CUT_P, HEAD_DIM)
