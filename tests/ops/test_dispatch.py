@@ -1,21 +1,136 @@
 """Which implementation runs, and the errors of an operator's arguments."""
 
+import logging
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 import ssm_hf
-from ssm_hf.ops import causal_conv1d, linear_scan, selective_scan, ssd
-from ssm_hf.ops.dispatch import OPERATORS, ImplementationUnavailableError
+from ssm_hf.ops import (
+    causal_conv1d,
+    dispatch,
+    linear_scan,
+    selective_scan,
+    ssd,
+)
+from ssm_hf.ops.dispatch import OPERATORS, ImplementationUnavailableError, pick
+from tests.helpers import kernel_device, relative_error
 from tests.ops.cases import CASES, Case
 
+# The operator that has no kernel yet, and those that have one.
+WITHOUT = {name: case for name, case in CASES.items() if case.run is linear_scan}
+WITH = {name: case for name, case in CASES.items() if name not in WITHOUT}
+over_kernels = pytest.mark.parametrize("case", WITH.values(), ids=WITH.keys())
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_triton_is_refused_with_the_reason_until_it_exists(case: Case) -> None:
+
+def _draw(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     sequences, weights, _ = case.draw(1, 3)
+    drawn = {**sequences, **weights}
+    return {name: value.detach().to(device, dtype) for name, value in drawn.items()}
+
+
+@pytest.mark.parametrize("case", WITHOUT.values(), ids=WITHOUT.keys())
+def test_triton_is_refused_where_there_is_no_kernel(case: Case) -> None:
+    inputs = _draw(case, torch.complex64 if case.complex else torch.float32, torch.device("cpu"))
     with pytest.raises(ImplementationUnavailableError, match=r"no Triton kernel .* impl=\"auto\""):
-        case.run(**sequences, **weights, **case.options, impl="triton")
-    expected = case.run(**sequences, **weights, **case.options)
-    assert torch.equal(case.run(**sequences, **weights, **case.options, impl="reference"), expected)
+        case.run(**inputs, **case.options, impl="triton")
+    expected = case.run(**inputs, **case.options)
+    assert torch.equal(case.run(**inputs, **case.options, impl="reference"), expected)
+
+
+@over_kernels
+def test_triton_runs_on_a_gpu_or_in_the_interpreter(case: Case) -> None:
+    inputs = _draw(case, torch.float32, kernel_device())
+    got = case.run(**inputs, **case.options, impl="triton")
+    expected = case.run(**inputs, **case.options, impl="reference")
+    # fp32 on both sides, sums of a few terms
+    assert relative_error(got, expected) < 1e-5
+
+
+@over_kernels
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [("HAS_TRITON", "triton is not installed"), ("_INTERPRETED", "need a GPU, .* lie on cpu")],
+)
+def test_triton_is_refused_without_gpu_or_package(
+    case: Case, setting: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, setting, False)
+    inputs = _draw(case, torch.float32, torch.device("cpu"))
+    with pytest.raises(ImplementationUnavailableError, match=reason + r".* impl=\"auto\""):
+        case.run(**inputs, **case.options, impl="triton")
+    expected = case.run(**inputs, **case.options, impl="reference")
+    assert torch.equal(case.run(**inputs, **case.options), expected)
+
+
+@over_kernels
+def test_kernels_refuse_fp64_and_auto_takes_the_torch_path(case: Case) -> None:
+    inputs = _draw(case, torch.float64, kernel_device())
+    with pytest.raises(ImplementationUnavailableError, match=r"float32.* got torch.float64.*refer"):
+        case.run(**inputs, **case.options, impl="triton")
+    expected = case.run(**inputs, **case.options, impl="reference")
+    assert torch.equal(case.run(**inputs, **case.options), expected)
+
+
+def _ones(*shape: int) -> Tensor:
+    return torch.ones(shape, device=kernel_device())
+
+
+@pytest.mark.parametrize(
+    ("op", "inputs", "message"),
+    [
+        (ssd, {"x": _ones(1, 2, 1, 257), "dt": _ones(1, 2, 1), "A": -_ones(1),
+               "B": _ones(1, 2, 1, 4), "C": _ones(1, 2, 1, 4)}, "at most 256 .*P=257"),
+        (ssd, {"x": _ones(1, 2, 1, 4), "dt": _ones(1, 2, 1), "A": -_ones(1),
+               "B": _ones(1, 2, 1, 257), "C": _ones(1, 2, 1, 257)}, "at most .* 256 .*N=257"),
+        (selective_scan, {"x": _ones(1, 2, 3), "dt": _ones(1, 2, 3), "A": -_ones(3, 257),
+                          "B": _ones(1, 2, 257), "C": _ones(1, 2, 257)}, "256.*257"),
+        (causal_conv1d, {"x": _ones(1, 2, 3), "weight": _ones(3, 33)}, "33"),
+    ],
+)  # fmt: skip
+def test_kernels_refuse_sizes_that_they_do_not_support(op: Any, inputs: dict, message: str) -> None:
+    with pytest.raises(ImplementationUnavailableError, match=message + r".*\"reference\""):
+        op(**inputs, impl="triton")
+    assert torch.equal(op(**inputs), op(**inputs, impl="reference"))
+
+
+def test_auto_steps_down_on_a_gpu_with_one_line_in_the_log(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "_told", set())
+    cuda, run = torch.device("cuda"), {"reference": lambda: "torch", "triton": lambda: "kernels"}
+    with caplog.at_level(logging.WARNING, "ssm_hf"):
+        for _ in range(2):
+            chosen = pick("ssd", "auto", cuda, **run, unsupported="N=999 is too much")
+            assert chosen() == "torch"
+    assert [r.getMessage() for r in caplog.records] == [
+        "ssd runs its torch path on cuda: N=999 is too much"
+    ]
+    with pytest.raises(ImplementationUnavailableError, match="N=999 is too much"):
+        pick("ssd", "triton", cuda, **run, unsupported="N=999 is too much")
+    assert pick("ssd", "auto", cuda, **run)() == "kernels"
+    # The interpreter must be asked for by name.
+    assert pick("ssd", "auto", torch.device("cpu"), **run)() == "torch"
+
+
+@over_kernels
+def test_kernels_refuse_tensors_on_another_device(case: Case) -> None:
+    inputs = _draw(case, torch.float32, kernel_device())
+    first, *others = inputs
+    for name in others:
+        moved = {**inputs, name: inputs[name].to("meta")}
+        with pytest.raises(ValueError, match=f"{name} lies on meta, expected .*{first} lies"):
+            case.run(**moved, **case.options, impl="triton")
+
+
+@over_kernels
+def test_kernels_refuse_integer_inputs(case: Case) -> None:
+    inputs = _draw(case, torch.float32, kernel_device())
+    first = next(iter(inputs))
+    with pytest.raises((ValueError, ImplementationUnavailableError), match=r"got torch.int64"):
+        case.run(**{**inputs, first: inputs[first].long()}, **case.options, impl="triton")
 
 
 def test_unknown_implementation_is_refused() -> None:
@@ -41,12 +156,26 @@ def test_implementation_block_sets_what_auto_means(monkeypatch: pytest.MonkeyPat
         linear_scan(a, a)
 
 
-def test_table_of_implementations_names_every_operator(capsys: pytest.CaptureFixture) -> None:
+def test_table_of_implementations_names_every_operator(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert set(ssm_hf.implementations("cpu")) == set(OPERATORS)
     ssm_hf.print_implementations("cpu")
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(OPERATORS)
-    assert all("reference" in line and "no Triton kernel" in line for line in lines)
+    assert all(line.split()[1] == "reference" for line in lines)
+
+    on_gpu = ssm_hf.implementations("cuda")
+    assert on_gpu["linear_scan"][0] == "reference"
+    assert {on_gpu[op][0] for op in OPERATORS if op != "linear_scan"} == {"triton"}
+    monkeypatch.setattr(dispatch, "_INTERPRETED", False)
+    monkeypatch.setenv("SSM_HF_IMPL", "triton")
+    table = ssm_hf.implementations("cpu")
+    assert all(impl == "error" for impl, _ in table.values())
+    assert "need a GPU" in table["ssd"][1]
+    assert "no Triton kernel" in table["linear_scan"][1]
+    monkeypatch.setattr(dispatch, "HAS_TRITON", False)
+    assert "pip install triton" in ssm_hf.implementations("cuda")["ssd"][1]
 
 
 X, W = torch.ones(2, 5, 6), torch.ones(6, 4)

@@ -7,7 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssm_hf.ops.launch import architecture, check_tensors, on_device, processors, tuned
+from ssm_hf.ops.launch import (
+    KERNEL_DTYPES,
+    architecture,
+    check_tensors,
+    on_device,
+    processors,
+    tuned,
+    unsupported_dtypes,
+)
 from ssm_hf.ops.packing import document_numbers
 from ssm_hf.ops.ssd.kernels import (
     ssd_decay_bwd_kernel,
@@ -24,7 +32,6 @@ _states_kernel: Any = ssd_states_kernel
 _fwd_kernel: Any = ssd_fwd_kernel
 _bwd_kernel: Any = ssd_bwd_kernel
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST = 256
 CHUNK = 64
 # A segment of fewer chunks would cost more to enter than it saves.
@@ -41,10 +48,7 @@ def why_unsupported(
             f"its kernels take heads of at most {LARGEST} channels and {LARGEST} states, "
             f"got P={head_dim}, N={states}"
         )
-    for t in (x, dt, A, B, *others):
-        if t is not None and t.is_floating_point() and t.dtype not in DTYPES:
-            return f"its kernels take {', '.join(map(str, DTYPES))}, got {t.dtype}"
-    return None
+    return unsupported_dtypes(x, dt, A, B, *others)
 
 
 class _Launch(NamedTuple):
@@ -450,7 +454,7 @@ def ssd_triton(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     """y and the final state; arguments as `ssd` takes them. Chunks always have 64 tokens."""
-    check_tensors("ssd", DTYPES, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias,
+    check_tensors("ssd", KERNEL_DTYPES, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias,
                   initial_state=initial_state, seq_idx=seq_idx, cu_seqlens=cu_seqlens,
                   mask=mask)  # fmt: skip
     doc = seq_idx
