@@ -32,7 +32,10 @@ def load() -> dict[str, list[Record]]:
 
 
 def latest(records: Iterable[Record]) -> dict[str, dict[str, Record]]:
-    """{case: {provider: record}}, the last of each, peers on the GPU of our own last record."""
+    """{case: {provider: record}}, the last of each, peers on the GPU of our own last record.
+
+    A provider that was run in several ways ("eager", "graph", ...) appears once for each.
+    """
     by_case: dict[str, dict[str, Record]] = {}
     ours: dict[str, str] = {}
     kept = list(records)
@@ -41,7 +44,8 @@ def latest(records: Iterable[Record]) -> dict[str, dict[str, Record]]:
             ours[r["case"]] = r["device"]["name"]
     for r in kept:
         if r["device"]["name"] == ours.get(r["case"], r["device"]["name"]):
-            by_case.setdefault(r["case"], {})[r["provider"]] = r
+            label = f"{r['provider']}, {r['way']}" if "way" in r else r["provider"]
+            by_case.setdefault(r["case"], {})[label] = r
     return by_case
 
 
@@ -156,47 +160,52 @@ def model_targets(records: dict[str, list[Record]], targets: Record) -> str:
     everything = latest(r for name, rs in records.items() if name != "ops" for r in rs)
     rows = []
     for row in targets["models"]:
-        found = everything.get(row["id"], {})
-        ours, measure = found.get("ssm_hf"), row["measure"]
-        mine = None if ours is None else ours["values"].get(measure)
-        aim, note = row["aim"], ""
-        if aim is not None and ours is not None and row["bound"] == "memory":
-            factor = targets["device"]["copy_tb_s"] / ours["ceilings"]["copy_tb_s"]
+        measure, higher = row["measure"], row["better"] == "higher"
+        values: dict[bool, dict[str, float]] = {True: {}, False: {}}
+        found = everything.get(row.get("case", row["id"]), {})
+        for label, r in found.items():
+            if measure in r["values"]:
+                values[r["provider"] == "ssm_hf"][label] = r["values"][measure]
+        best = {
+            side: (max if higher else min)(v, key=lambda k: v[k]) if v else None
+            for side, v in values.items()
+        }
+        mine = None if best[True] is None else values[True][best[True]]
+        theirs = None if best[False] is None else values[False][best[False]]
+        aim, star = row["aim"], ""
+        if aim is not None and best[True] is not None and row["bound"] == "memory":
+            factor = targets["device"]["copy_tb_s"] / found[best[True]]["ceilings"]["copy_tb_s"]
             if abs(factor - 1) > 0.05:
-                aim, note = aim * factor, "*"
-        better = (lambda a, b: a >= b) if row["better"] == "higher" else (lambda a, b: a <= b)
-        peers = {n: r["values"][measure] for n, r in found.items()
-                 if n != "ssm_hf" and measure in r["values"]}  # fmt: skip
-        best = None
-        if peers:
-            best = (max if row["better"] == "higher" else min)(peers, key=lambda n: peers[n])
-        theirs = peers[best] if best else None
-        ratio = "–"
+                aim, star = aim * factor, "*"
+        gain = None
         if mine is not None and theirs is not None:
-            gain = mine / theirs if row["better"] == "higher" else theirs / mine
-            ratio = f"{gain:.1f}×"
+            gain = mine / theirs if higher else theirs / mine
+        reached = "–"
+        if mine is not None and aim is not None:
+            reached = "yes" if (mine >= aim if higher else mine <= aim) else "no"
         rows.append([
-            row["title"], measure, number(mine), number(aim) + note,
-            "–" if mine is None or aim is None else "yes" if better(mine, aim) else "no",
-            "–" if theirs is None else f"{number(theirs)} ({best})",
+            row["title"], measure, _labelled(mine, best[True]), number(aim) + star, reached,
+            _labelled(theirs, best[False]),
             "–" if row["peer_value"] is None else f"{number(row['peer_value'])} ({row['peer']})",
-            ratio,
+            "–" if gain is None else f"{gain:.1f}×",
         ])  # fmt: skip
-    head = ["job", "measure", "ours", "aim", "reached", "peer, same run", "peer, tabled (H200)",
-            "gain"]  # fmt: skip
+    head = ["job", "measure", "ours", "aim", "reached", "best peer, same GPU",
+            "peer, tabled (H200)", "gain"]  # fmt: skip
     return table(head, rows)
 
 
-def everything_else(records: dict[str, list[Record]], targets: Record) -> str:
-    """Results that belong to no target row, as they were written."""
-    listed = {row["id"] for row in targets["models"]}
+def _labelled(value: float | None, label: str | None) -> str:
+    name = (label or "").removeprefix("ssm_hf").removeprefix(", ")
+    return number(value) + (f" ({name})" if value is not None and name else "")
+
+
+def everything_else(records: dict[str, list[Record]]) -> str:
+    """Every result on models, as it was written."""
     rows = []
     for benchmark, found in records.items():
         if benchmark in ("ops", "correctness"):
             continue
         for case, by_provider in latest(found).items():
-            if case in listed and len(by_provider) == 1:
-                continue
             for provider, r in by_provider.items():
                 values = ", ".join(
                     f"{k} {number(v) if isinstance(v, int | float) else v}"
@@ -347,7 +356,7 @@ compared by its tabled time, rescaled in the same way.
 {model_targets(records, targets)}
 An aim with a star is bound by memory and rescaled by the copy bandwidth of the run.
 
-{everything_else(records, targets)}
+{everything_else(records)}
 ## Correctness on the GPU
 
 The pairwise list of `tests/ops/grid.json` and one row of 70,000 tokens, forward and all gradients,
