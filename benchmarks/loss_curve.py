@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import ssm_hf
 from benchmarks import common
-from training.graph import FlatGradients, GraphedPass
+from training.graph import GraphedPass
 
 RESULTS = common.RESULTS / "loss_curve.jsonl"
 PLOT = common.ROOT / "docs" / "performance" / "loss_curve.png"
@@ -69,7 +69,6 @@ def curve(
     optimizer = torch.optim.AdamW(
         model.parameter_groups(0.1), lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True
     )
-    gradients = FlatGradients(model.parameters())
 
     def one_pass(batch: dict[str, Tensor], share: Tensor) -> Tensor:
         with ssm_hf.implementation(impl), torch.autocast("cuda", torch.bfloat16):
@@ -77,7 +76,7 @@ def curve(
         (loss * share).backward()
         return loss.detach()
 
-    graphed, share = GraphedPass(one_pass), torch.ones((), device="cuda")
+    graphed, share = GraphedPass(one_pass, model.parameters()), torch.ones((), device="cuda")
     losses: list[Tensor] = []
     norms: list[Tensor] = []
     began = warm = time.monotonic()
@@ -91,8 +90,7 @@ def curve(
                 break
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(1.0, (len(losses) + 1) / WARM_UP)
-        gradients.zero_()
-        losses.append(graphed(batch, share))
+        losses.append(graphed(batch, share, is_first=True))
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP))
         optimizer.step()
     torch.cuda.synchronize()

@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 import ssm_hf
 from benchmarks import common
 from benchmarks.peers import without_cuda_scan
-from training.graph import FlatGradients, GraphedPass
+from training.graph import GraphedPass
 from training.peaks import peak_flops
 
 VOCAB = 50288
@@ -197,13 +197,11 @@ def measure(
     single = backward_pass(loss)
     began = time.perf_counter()
     if way == "graph":
-        gradients = FlatGradients(model.parameters())
-        graphed = GraphedPass(single)
-        peak = peak_gib(lambda: graphed(batch, share))
-        zero = gradients.zero_
+        graphed = GraphedPass(single, model.parameters())
+        peak = peak_gib(lambda: graphed(batch, share, is_first=True))
 
         def run() -> None:
-            graphed(batch, share)
+            graphed(batch, share, is_first=True)
     else:
         if way == "compile":
             for block in next(m for m in model.modules() if isinstance(m, nn.ModuleList)):
@@ -211,15 +209,12 @@ def measure(
         elif way == "compile-whole":
             model.compile(dynamic=False)
 
-        def zero() -> None:
-            model.zero_grad(set_to_none=True)
-
         def run() -> None:
-            zero()
+            model.zero_grad(set_to_none=True)
             single(batch, share)
 
         run()
-        zero()
+        model.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
         peak = peak_gib(run)
     torch.cuda.synchronize()
@@ -230,8 +225,6 @@ def measure(
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def step() -> None:
-        if way == "graph":
-            zero()
         run()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

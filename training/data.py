@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
 import numpy as np
 import torch
 from jinja2 import TemplateError
@@ -215,6 +214,8 @@ def dataset_documents(config: DataConfig, epoch: int, seed: int) -> Iterator[Doc
     A stream is shuffled through a buffer seeded by (seed, epoch); reading it again from its
     beginning gives the same order, which is what resuming relies on.
     """
+    import datasets  # takes seconds, and most runs read none
+
     table = datasets.load_dataset(
         config.dataset,
         config.dataset_config,

@@ -1,4 +1,4 @@
-"""A micro-batch's forward and backward pass as one CUDA graph.
+"""A micro-batch's forward and backward pass as a CUDA graph.
 
 Rows of training data all have one length, so every pass launches the same kernels on the same
 shapes. Captured once and replayed, a pass costs the host one launch in place of thousands.
@@ -9,82 +9,86 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+import ssm_hf
+
 Batch = dict[str, Tensor]
 # (micro-batch, its share of the step's targets) -> detached loss; adds to the gradients
 Pass = Callable[[Batch, Tensor], Tensor]
 
 
-class FlatGradients:
-    """Gradients of all parameters, one after another in one buffer per dtype.
-
-    Their addresses stay, as replays need it, and one call zeroes or reduces them all.
-    """
-
-    _ALIGNMENT = 64  # elements: no gradient begins in the middle of a vector load
-
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        trained = [p for p in parameters if p.requires_grad]
-        self.buffers: list[Tensor] = []
-        for dtype in dict.fromkeys(p.dtype for p in trained):
-            members = [p for p in trained if p.dtype == dtype]
-            step = self._ALIGNMENT
-            sizes = [-(-p.numel() // step) * step for p in members]
-            buffer = torch.zeros(sum(sizes), dtype=dtype, device=members[0].device)
-            self.buffers.append(buffer)
-            for p, part in zip(members, buffer.split(sizes), strict=True):
-                p.grad = part[: p.numel()].view_as(p)
-
-    def zero_(self) -> None:
-        for buffer in self.buffers:
-            buffer.zero_()
-
-    def average_(self) -> None:
-        """Mean over all processes; all take part."""
-        for buffer in self.buffers:
-            torch.distributed.all_reduce(buffer)
-            buffer.div_(torch.distributed.get_world_size())
-
-
 class GraphedPass:
     """`run`, captured at the first call and replayed from then on.
 
+    Gradients keep their addresses; who reduces or clips them does so in place. There are two
+    graphs: the first pass of a step writes the gradients, the others add to them, so that nobody
+    has to zero them.
+
     Args:
-        run: the pass; its gradients must exist already, so that it adds to them.
+        run: the pass.
+        parameters: all that it gives gradients to.
     """
 
-    def __init__(self, run: Pass) -> None:
+    def __init__(self, run: Pass, parameters: Iterable[nn.Parameter]) -> None:
         self._run = run
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._parameters = [p for p in parameters if p.requires_grad]
+        self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._batch: Batch = {}
-        self._share = self._loss = torch.empty(0)
+        self._share = torch.empty(0)
 
-    def __call__(self, batch: Batch, share: Tensor) -> Tensor:
-        """The loss, in a tensor of its own; a batch of another shape runs uncaptured."""
-        if self._graph is None:
-            return self._capture(batch, share)
+    def __call__(self, batch: Batch, share: Tensor, is_first: bool) -> Tensor:
+        """The loss, in a tensor of its own; `is_first` of the passes of one step.
+
+        A batch of another shape than the first one's is run without a graph.
+        """
+        if not self._batch:
+            self._prepare(batch, share)
         held = {name: value.shape for name, value in self._batch.items()}
         if held != {name: value.shape for name, value in batch.items()}:
+            if is_first:
+                torch._foreach_zero_(self.gradients())
             return self._run(batch, share)
+        if is_first not in self._graphs:
+            self._graphs[is_first] = self._captured()
         for name, value in batch.items():
             self._batch[name].copy_(value)
         self._share.copy_(share)
-        self._graph.replay()
-        return self._loss.clone()
+        graph, loss = self._graphs[is_first]
+        graph.replay()
+        return loss.clone()
 
-    def _capture(self, batch: Batch, share: Tensor) -> Tensor:
-        """Run once for real, which compiles and loads all kernels, then record."""
+    def gradients(self) -> list[Tensor]:
+        """Those that the passes have formed."""
+        return [p.grad for p in self._parameters if p.grad is not None]
+
+    def average_gradients(self) -> None:
+        """Mean over all processes; all take part."""
+        works = [torch.distributed.all_reduce(g, async_op=True) for g in self.gradients()]
+        for work in works:
+            work.wait()
+        torch._foreach_div_(self.gradients(), float(torch.distributed.get_world_size()))
+
+    def _prepare(self, batch: Batch, share: Tensor) -> None:
+        """Compile and load all kernels, then capture the pass that writes the gradients."""
         self._batch = {name: value.clone() for name, value in batch.items()}
         self._share = share.clone()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            loss = self._run(self._batch, self._share)
+            with ssm_hf.compile_ahead():
+                self._run(self._batch, self._share)
+            self._run(self._batch, self._share)
         torch.cuda.current_stream().wait_stream(stream)
+        for p in self._parameters:
+            p.grad = None
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # the graph's memory comes on top of what the first run has left
+        torch.cuda.empty_cache()  # the graphs' memory comes on top of what these runs have left
+        self._graphs[True] = self._captured()
+
+    def _captured(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """A graph that writes the gradients where there are none yet, else adds to them."""
         graph = torch.cuda.CUDAGraph()
+        pool = next((g.pool() for g, _ in self._graphs.values()), None)
         # Other threads, a loader's, may go on using the GPU.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._loss = self._run(self._batch, self._share)
-        self._graph = graph
-        return loss
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            loss = self._run(self._batch, self._share)
+        return graph, loss

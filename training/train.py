@@ -54,7 +54,7 @@ from training.data import (
     write_heldout,
     write_seen_tokens,
 )
-from training.graph import Batch, FlatGradients, GraphedPass, Pass
+from training.graph import Batch, GraphedPass, Pass
 from training.metrics import Meter, RunLog, heldout_loss, write_samples
 from training.packing import IGNORED, PackedRows
 from training.schedule import lr_factor, run_progress
@@ -104,9 +104,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     accelerator.init_trackers("ssm_hf", config=flatten(asdict(config)))
     log = RunLog(run_dir / "log.jsonl", accelerator, resumes=checkpoint is not None)
     log.write("start" if checkpoint is None else "resume", state.step, data=identity)
-    run_pass, gradients = forward_backward(accelerator, model), None
-    if execution == "graph":
-        run_pass, gradients = GraphedPass(run_pass), FlatGradients(model.parameters())
+    run_pass = forward_backward(accelerator, model)
+    graphed = GraphedPass(run_pass, model.parameters()) if execution == "graph" else None
     log.say(
         f"{config.run_dir}: {type(accelerator.unwrap_model(model)).__name__} of "
         f"{sum(p.numel() for p in model.parameters()):,} parameters, "
@@ -119,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         accelerator=accelerator,
         model=model,
         forward_backward=run_pass,
-        gradients=gradients,
+        graphed=graphed,
         optimizer=optimizer,
         tokenizer=tokenizer,
         data=data,
@@ -144,7 +143,7 @@ class Run(NamedTuple):
     accelerator: Accelerator
     model: nn.Module
     forward_backward: Pass
-    gradients: FlatGradients | None
+    graphed: GraphedPass | None  # takes the place of forward_backward
     optimizer: torch.optim.Optimizer
     tokenizer: PreTrainedTokenizerBase
     data: TrainingData
@@ -366,20 +365,21 @@ def train_step(run: Run, batches: Iterator[Batch]) -> Tensor:
     # the batch is cut.
     shares = counts / accelerator.reduce(counts.sum(), "sum")
     loss = torch.zeros((), device=accelerator.device)
-    for batch, share in zip(micro_batches, shares, strict=True):
+    for i, (batch, share) in enumerate(zip(micro_batches, shares, strict=True)):
         with accelerator.accumulate(run.model):
-            loss += run.forward_backward(batch, share)
-    if run.gradients is not None and accelerator.num_processes > 1:
-        run.gradients.average_()
+            if run.graphed is None:
+                loss += run.forward_backward(batch, share)
+            else:
+                loss += run.graphed(batch, share, is_first=i == 0)
+    if run.graphed is not None and accelerator.num_processes > 1:
+        run.graphed.average_gradients()
     norm = accelerator.clip_grad_norm_(run.model.parameters(), run.config.optimizer.grad_clip)
     # Sharded gradients have a sharded norm, and DeepSpeed's is a number.
     norm = getattr(norm, "full_tensor", lambda: norm)()
     result = torch.stack([accelerator.reduce(loss, "sum"), torch.as_tensor(norm).to(loss)])
     step_if_finite(run, torch.isfinite(result).all())
-    if run.gradients is None:
+    if run.graphed is None:
         run.optimizer.zero_grad()
-    else:
-        run.gradients.zero_()
     return result
 
 

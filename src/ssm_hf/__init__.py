@@ -7,6 +7,7 @@ from ssm_hf.models.mamba import MambaConfig, MambaForCausalLM, MambaModel
 from ssm_hf.models.mamba2 import Mamba2Config, Mamba2ForCausalLM, Mamba2Model
 from ssm_hf.ops import (
     ImplementationUnavailableError,
+    compile_ahead,
     implementation,
     implementations,
     print_implementations,
@@ -29,6 +30,7 @@ __all__ = [
     "RecurrentLayer",
     "SequenceInfo",
     "byte_tokenizer",
+    "compile_ahead",
     "implementation",
     "implementations",
     "print_implementations",

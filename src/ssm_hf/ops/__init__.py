@@ -1,8 +1,11 @@
 """Operators: a folder each, with one public function, its reference and its kernels."""
 
+from contextlib import nullcontext
+
 from ssm_hf.ops.causal_conv1d import causal_conv1d
 from ssm_hf.ops.cross_entropy import linear_cross_entropy
 from ssm_hf.ops.dispatch import (
+    HAS_TRITON,
     ImplementationUnavailableError,
     implementation,
     implementations,
@@ -13,10 +16,16 @@ from ssm_hf.ops.rms_norm import add_rms_norm, rms_norm
 from ssm_hf.ops.selective_scan import selective_scan
 from ssm_hf.ops.ssd import ssd
 
+if HAS_TRITON:
+    from ssm_hf.ops.kernels_ahead import compile_ahead
+else:
+    compile_ahead = nullcontext
+
 __all__ = [
     "ImplementationUnavailableError",
     "add_rms_norm",
     "causal_conv1d",
+    "compile_ahead",
     "implementation",
     "implementations",
     "linear_cross_entropy",
