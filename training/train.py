@@ -220,8 +220,12 @@ def build_model(
             f"{model.config.vocab_size}"
         )
     if config.model.gradient_checkpointing:
+        # Nothing is drawn at random in a block, and a graph could not save the generator's state.
+        options = {"use_reentrant": False, "preserve_rng_state": False}
         # renamed between the transformers releases we support
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(
+            options
+        )
     return model.train()
 
 

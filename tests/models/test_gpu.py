@@ -109,9 +109,17 @@ def test_training_pass_never_waits_for_the_gpu(pair, return_logits: bool) -> Non
             assert relative_error(p.grad.cpu(), right) < 1e-4, name
 
 
-def test_replayed_pass_equals_the_eager_one(pair) -> None:
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_replayed_pass_equals_the_eager_one(pair, checkpointed: bool) -> None:
     _, model = pair
-    graphed_model = copy.deepcopy(model)
+    graphed_model = copy.deepcopy(model).train()
+    if checkpointed:
+        enable = getattr(
+            graphed_model,
+            "activation_checkpointing_enable",
+            graphed_model.gradient_checkpointing_enable,
+        )
+        enable({"use_reentrant": False, "preserve_rng_state": False})
 
     def passes(net):
         def run(batch, share):
