@@ -14,7 +14,7 @@ from ssm_hf.layers.norm import ResidualNorm, RMSNorm
 from ssm_hf.ops import causal_conv1d
 from ssm_hf.ops.causal_conv1d import causal_conv1d_step
 from ssm_hf.ops.dispatch import pick
-from ssm_hf.ops.packing import compute_dtype
+from ssm_hf.ops.packing import check_later, compute_dtype, host_may_read
 from ssm_hf.sequence import SequenceInfo
 
 Initialization = Literal["mamba_ssm", "transformers"]
@@ -100,7 +100,7 @@ def is_plain_step(x: Tensor, seq: SequenceInfo, layer: RecurrentLayer | None) ->
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether a call is the class's `forward` on plain parameters: no hook, wrapper, quantisation."""
+    """Whether a call is the class's `forward` on plain parameters, with no hook or wrapper."""
     return (
         "forward" not in module.__dict__
         and not module._forward_hooks
@@ -125,7 +125,10 @@ def recorded_mask(seq: SequenceInfo, x: Tensor) -> Tensor:
         ValueError: the batch is packed; recorded inputs are replayed as one document.
     """
     if seq.seq_idx is not None:
-        raise ValueError("packed documents cannot be combined with a cache that records for crop()")
+        message = "packed documents cannot be combined with a cache that records for crop()"
+        if host_may_read(seq.seq_idx):
+            raise ValueError(message)
+        check_later((seq.seq_idx == 0).all(), message)
     if seq.mask is None:
         return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     return seq.mask
