@@ -105,14 +105,15 @@ def step_sizes(
 def ssd_decay_kernel(
     dt_ptr, A_ptr, bias_ptr, mask_ptr, doc_ptr, cu_ptr, first_ptr, row_ptr, decay_ptr,
     dt_sb, dt_st, dt_sh, mask_sb, mask_st, doc_sb, doc_st,
-    rows, length, heads, plane, dt_min, dt_max,
-    SOFTPLUS: tl.constexpr, LIMIT: tl.constexpr, VARLEN: tl.constexpr, Q: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    rows, length, heads, dt_min, dt_max,
+    SOFTPLUS: tl.constexpr, LIMIT: tl.constexpr, VARLEN: tl.constexpr, WIDE: tl.constexpr,
+    Q: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Running sums of exponents inside chunks (two parts) and Δ: decay (3, chunks, H, Q).
+    """Running sums a of exponents inside chunks, and Δ: decay (chunks, H, Q, 4).
 
-    One program for a chunk and a block of heads. Padding, packing and ragged ends end here: pads
-    have Δ = 0, the first token of a document decays all before it to 0.
+    Of each token a in two parts and Δ (WIDE), or a, a - log2(Δ) and Δ. One program for a chunk and
+    a block of heads. Padding, packing and ragged ends end here: pads have Δ = 0, the first token of
+    a document decays all before it to 0.
     """
     blocks = tl.cdiv(heads, BLOCK_H)
     v = tl.program_id(0) // blocks
@@ -125,11 +126,15 @@ def ssd_decay_kernel(
         dt_sb, dt_st, dt_sh, mask_sb, mask_st, doc_sb, doc_st, dt_min, dt_max, SOFTPLUS, LIMIT,
     )  # fmt: skip
     coarse = tl.floor(exponent * GRID + 0.5) * (1.0 / GRID)
-    at = (v.to(tl.int64) * heads + h)[None, :] * Q + i[:, None]
+    at = decay_ptr + ((v.to(tl.int64) * heads + h)[None, :] * Q + i[:, None]) * 4
     inside = (h < heads)[None, :] & (i < Q)[:, None]
-    tl.store(decay_ptr + at, tl.cumsum(coarse, axis=0), mask=inside)
-    tl.store(decay_ptr + plane + at, tl.cumsum(exponent - coarse, axis=0), mask=inside)
-    tl.store(decay_ptr + 2 * plane + at, delta, mask=inside)
+    first, second = tl.cumsum(coarse, axis=0), tl.cumsum(exponent - coarse, axis=0)
+    if not WIDE:
+        first += second
+        second = first - tl.log2(delta)
+    tl.store(at, first, mask=inside)
+    tl.store(at + 1, second, mask=inside)
+    tl.store(at + 2, delta, mask=inside)
 
 
 @triton.jit
@@ -144,8 +149,8 @@ def ssd_decay_bwd_kernel(
     """Gradients of the step sizes from those of a chunk's tokens: ddt (B, T, H) and each chunk's
     share of dA and d dt_bias, sums (2, chunks, H).
 
-    grad (3, chunks, H, Q): of a_t, the sum of exponents up to t, without the path through the
-    chunk's last state; that path, u_t . (dS B_t) decayed to the chunk's end; of Δ as x's factor.
+    grad (4, chunks, H, Q): of a_t through pairs of tokens; through the state that enters; what t
+    leaves, u_t . (dS B_t) decayed to the chunk's end; the gradient of Δ as x's factor.
     """
     blocks = tl.cdiv(heads, BLOCK_H)
     v = tl.program_id(0) // blocks
@@ -161,8 +166,9 @@ def ssd_decay_bwd_kernel(
     at = (v.to(tl.int64) * heads + h)[None, :] * Q + i[:, None]
     # The last place of a chunk counts even behind the row's end: it carries the leaving state.
     da = tl.load(grad_ptr + at, mask=h_in[None, :] & (i < Q)[:, None], other=0.0)
-    left = tl.load(grad_ptr + plane + at, mask=real, other=0.0)
-    dscale = tl.load(grad_ptr + 2 * plane + at, mask=real, other=0.0)
+    da += tl.load(grad_ptr + plane + at, mask=h_in[None, :] & (i < Q)[:, None], other=0.0)
+    left = tl.load(grad_ptr + 2 * plane + at, mask=real, other=0.0)
+    dscale = tl.load(grad_ptr + 3 * plane + at, mask=real, other=0.0)
     # The exponent of t acts on what earlier tokens leave, and on all a from t on. Where a decay is
     # 0 whatever Δ is, it has no gradient.
     dexponent = tl.cumsum(da, axis=0, reverse=True) + (tl.cumsum(left, axis=0) - left)
@@ -221,6 +227,18 @@ def store_tile(
 
 
 @triton.jit
+def load_decay(at, Q: tl.constexpr):
+    """The three numbers of each token of a chunk and head; see `ssd_decay_kernel`.
+
+    One load, of more elements than there are threads: Triton repeats smaller ones for every layout.
+    """
+    ac, bd = tl.split(tl.reshape(tl.load(at + tl.arange(0, 4 * Q)), (Q, 2, 2)))
+    a, c = tl.split(ac)
+    b, _ = tl.split(bd)
+    return a, b, c
+
+
+@triton.jit
 def gated(dy, z):
     """Gradient before the gate: dy silu(z)."""
     return dy * (z / (1.0 + tl.exp(-z)))
@@ -247,7 +265,7 @@ def walk_states(
     totals_ptr, carry_ptr, cu_ptr, first_ptr,
     row, segment, head, n_block, p_block,
     u_sb, u_st, u_sh, k_sb, k_st, k_sg, z_sb, z_st, z_sh, mask_sb, mask_st,
-    rows, length, heads, per_group, plane,
+    rows, length, heads, per_group,
     STATES: tl.constexpr, HEAD_DIM: tl.constexpr, RAGGED: tl.constexpr,
     REVERSE: tl.constexpr, TOTALS: tl.constexpr, SEGMENTS: tl.constexpr, VARLEN: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -295,25 +313,27 @@ def walk_states(
             store_tile(to, STATES, p, n, p < HEAD_DIM, S, CUT_P, CUT_N, STATES)
         u = load_tile(u_base + t * u_st, u_st, i, p, in_row, RAGGED, CUT_P, HEAD_DIM)
         k = load_tile(k_base + t * k_st, k_st, i, n, in_row, RAGGED, CUT_N, STATES)
-        at = decay_ptr + (v * heads + head) * Q
-        hi, lo = tl.load(at + i), tl.load(at + plane + i)
-        hi_end, lo_end = tl.load(at + Q - 1), tl.load(at + plane + Q - 1)
+        at = decay_ptr + (v * heads + head) * (4 * Q)
+        a, b, delta = load_decay(at, Q)
+        a_end = tl.load(at + 4 * Q - 4)
+        if WIDE:
+            b_end = tl.load(at + 4 * Q - 3)
+            whole = tl.exp2(a_end + b_end)
+            weight = tl.exp2(a + b) if REVERSE else delta * tl.exp2((a_end - a) + (b_end - b))
+        else:
+            whole = tl.exp2(a_end)
+            weight = tl.exp2(a) if REVERSE else tl.exp2(a_end - b)
         u = u.to(tl.float32)
         if REVERSE:
             if z_ptr is not None:
                 at_z = z_ptr + batch * z_sb + head * z_sh + t * z_st
                 z = load_tile(at_z, z_st, i, p, in_row, RAGGED, CUT_P, HEAD_DIM)
                 u = gated(u, z.to(tl.float32))
-            weight = tl.exp2(hi + lo)
             if mask_ptr is not None:
                 at_mask = mask_ptr + batch * mask_sb + (t + i) * mask_st
                 weight = tl.where(tl.load(at_mask, mask=in_row, other=0) != 0, weight, 0.0)
-        else:
-            delta = tl.load(at + 2 * plane + i)
-            weight = delta * tl.exp2((hi_end - hi) + (lo_end - lo))
         u = (u * weight[:, None]).to(dot_type)
         added = tl.dot(tl.trans(u), k.to(dot_type), input_precision=PRECISION)
-        whole = tl.exp2(hi_end + lo_end)
         S = S * whole + added
         carry *= whole
     if TOTALS:
@@ -332,7 +352,7 @@ def ssd_states_kernel(
     totals_ptr, carry_ptr, dtotals_ptr, dcarry_ptr, cu_ptr, first_ptr,
     x_sb, x_st, x_sh, B_sb, B_st, B_sg, dy_sb, dy_st, dy_sh, C_sb, C_st, C_sg,
     z_sb, z_st, z_sh, mask_sb, mask_st,
-    rows, length, heads, per_group, plane, walked,
+    rows, length, heads, per_group, walked,
     STATES: tl.constexpr, HEAD_DIM: tl.constexpr, RAGGED: tl.constexpr,
     TOTALS: tl.constexpr, SEGMENTS: tl.constexpr, VARLEN: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -362,7 +382,7 @@ def ssd_states_kernel(
             x_ptr, B_ptr, None, None, decay_ptr, states_ptr, initial_ptr, None,
             totals_ptr, carry_ptr, cu_ptr, first_ptr, row, segment, head, n_block, p_block,
             x_sb, x_st, x_sh, B_sb, B_st, B_sg, 0, 0, 0, 0, 0,
-            rows, length, heads, per_group, plane, STATES, HEAD_DIM, RAGGED,
+            rows, length, heads, per_group, STATES, HEAD_DIM, RAGGED,
             False, TOTALS, SEGMENTS, VARLEN, WIDE, PRECISION, Q, BLOCK_P, BLOCK_N, STAGES,
         )  # fmt: skip
     elif dy_ptr is not None:
@@ -370,7 +390,7 @@ def ssd_states_kernel(
             dy_ptr, C_ptr, z_ptr, mask_ptr, decay_ptr, dstates_ptr, dfinal_ptr, dinitial_ptr,
             dtotals_ptr, dcarry_ptr, cu_ptr, first_ptr, row, segment, head, n_block, p_block,
             dy_sb, dy_st, dy_sh, C_sb, C_st, C_sg, z_sb, z_st, z_sh, mask_sb, mask_st,
-            rows, length, heads, per_group, plane, STATES, HEAD_DIM, RAGGED,
+            rows, length, heads, per_group, STATES, HEAD_DIM, RAGGED,
             True, TOTALS, SEGMENTS, VARLEN, WIDE, PRECISION, Q, BLOCK_P, BLOCK_N, STAGES,
         )  # fmt: skip
 
@@ -380,7 +400,7 @@ def ssd_fwd_kernel(
     x_ptr, B_ptr, C_ptr, D_ptr, z_ptr, mask_ptr, decay_ptr, initial_ptr, totals_ptr, carry_ptr,
     y_ptr, ungated_ptr, final_ptr, cu_ptr, first_ptr,
     x_sb, x_st, x_sh, B_sb, B_st, B_sg, C_sb, C_st, C_sg, z_sb, z_st, z_sh, mask_sb, mask_st,
-    rows, length, heads, per_group, plane,
+    rows, length, heads, per_group,
     STATES: tl.constexpr, HEAD_DIM: tl.constexpr, RAGGED: tl.constexpr,
     D_PER_CHANNEL: tl.constexpr, SEGMENTS: tl.constexpr, VARLEN: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -430,6 +450,9 @@ def ssd_fwd_kernel(
     x_base = x_ptr + batch * x_sb + head * x_sh
     B_base = B_ptr + batch * B_sb + group * B_sg
     C_base = C_ptr + batch * C_sb + group * C_sg
+    ends = decay_ptr + (head + 1) * (4 * Q) - 4
+    chunk_step = heads * (4 * Q)
+    a_end = tl.load(ends + (first + low) * chunk_step, mask=low < high, other=0.0)
     for c in tl.range(low, high, num_stages=STAGES):
         v = first + c
         t = start + (v - first) * Q
@@ -438,27 +461,37 @@ def ssd_fwd_kernel(
         B = load_tile(B_base + t * B_st, B_st, i, n, in_row, RAGGED, CUT_N, STATES)
         C = load_tile(C_base + t * C_st, C_st, i, n, in_row, RAGGED, CUT_N, STATES)
         B, C = B.to(dot_type), C.to(dot_type)
-        at = decay_ptr + (v * heads + head) * Q
-        hi, lo = tl.load(at + i), tl.load(at + plane + i)
-        delta = tl.load(at + 2 * plane + i)
-        hi_end, lo_end = tl.load(at + Q - 1), tl.load(at + plane + Q - 1)
+        at = decay_ptr + (v * heads + head) * (4 * Q)
+        a, b, delta = load_decay(at, Q)
 
-        # exp2(a_t - a_s) Δ_s = exp2(lo_t) exp2(hi_t - hi_s) (exp2(-lo_s) Δ_s)
+        # Token s reaches t with exp2(a_t - a_s) Δ_s, t with D besides.
         scores = tl.dot(C, tl.trans(B), input_precision=PRECISION)
-        exponent = tl.where(i[:, None] >= i[None, :], hi[:, None] - hi[None, :], float("-inf"))
-        scores *= tl.exp2(exponent)
-        scaled = x.to(tl.float32) * (delta * tl.exp2(-lo))[:, None]
+        causal = i[:, None] >= i[None, :]
+        if WIDE:
+            exponent = (a[:, None] - a[None, :]) + (b[:, None] - b[None, :])
+            scores *= tl.exp2(tl.where(causal, exponent, float("-inf"))) * delta[None, :]
+            from_entry = tl.exp2(a + b)
+            b_end = tl.load(at + 4 * Q - 3)
+            to_exit = tl.exp2((a_end - a) + (b_end - b)) * delta
+            whole = tl.exp2(a_end + b_end)
+        else:
+            scores *= tl.exp2(tl.where(causal, a[:, None] - b[None, :], float("-inf")))
+            from_entry = tl.exp2(a)
+            to_exit = tl.exp2(a_end - b)
+            whole = tl.exp2(a_end)
+        if D_ptr is not None and not D_PER_CHANNEL:
+            scores += tl.where(i[:, None] == i[None, :], D, 0.0)
         y = tl.dot(C, tl.trans(S.to(dot_type)), input_precision=PRECISION)
-        y *= tl.exp2(hi)[:, None]
-        y = tl.dot(scores.to(dot_type), scaled.to(dot_type), y, input_precision=PRECISION)
-        y *= tl.exp2(lo)[:, None]
+        y *= from_entry[:, None]
+        y = tl.dot(scores.to(dot_type), x.to(dot_type), y, input_precision=PRECISION)
 
-        leaving = (scaled * tl.exp2((hi_end - hi) + lo_end)[:, None]).to(dot_type)
-        added = tl.dot(tl.trans(leaving), B, input_precision=PRECISION)
-        S = S * tl.exp2(hi_end + lo_end) + added
+        leaving = (x.to(tl.float32) * to_exit[:, None]).to(dot_type)
+        S = S * whole + tl.dot(tl.trans(leaving), B, input_precision=PRECISION)
 
-        if D_ptr is not None:
+        if D_ptr is not None and D_PER_CHANNEL:
             y += x.to(tl.float32) * D
+        # Asked for a step ahead: nothing waits for these few bytes.
+        a_end = tl.load(ends + tl.minimum(v + 1, first + high - 1) * chunk_step)
         if mask_ptr is not None:
             at_mask = mask_ptr + batch * mask_sb + (t + i) * mask_st
             is_real = tl.load(at_mask, mask=in_row, other=0) != 0

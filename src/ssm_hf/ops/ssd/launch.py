@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssm_hf.ops import launch as common
 from ssm_hf.ops.launch import (
     KERNEL_DTYPES,
-    architecture,
     check_tensors,
     on_device,
     processors,
@@ -71,11 +71,6 @@ class _Launch(NamedTuple):
     device: torch.device
 
     @property
-    def plane(self) -> int:
-        """Elements of one (chunks, H, Q) array."""
-        return self.chunks * self.heads * CHUNK
-
-    @property
     def shape(self) -> dict[str, int | bool]:
         """What kernels are compiled for."""
         ragged = self.tables[0] is not None or self.length % CHUNK != 0
@@ -85,9 +80,11 @@ class _Launch(NamedTuple):
         """Tuned options, with blocks no larger than the arrays."""
         size = "wide" if self.wide else f"n{_block(self.states)}"
         options: dict[str, Any] = dict(tuned(kernel, size, self.device))
-        for name, extent in (("BLOCK_P", self.head_dim), ("BLOCK_N", self.states)):
+        # Products of fewer than 64 rows lead to invalid memory accesses with Triton 3.6 on Hopper.
+        rows = 16 if common.architecture(self.device) == "cpu" else 64
+        for name, extent, least in (("BLOCK_P", self.head_dim, rows), ("BLOCK_N", self.states, 16)):
             if name in options:
-                options[name] = min(options[name], _block(extent))
+                options[name] = min(options[name], max(_block(extent), least))
         return options
 
 
@@ -108,7 +105,7 @@ def _describe(x: Tensor, B: Tensor, C: Tensor, cu_seqlens: Tensor | None, length
         first = F.pad(counts.cumsum(0), (1, 0))
         numbers = torch.arange(chunks, device=x.device)
         tables = (cu_seqlens, first, torch.searchsorted(first[1:], numbers, right=True))
-    precision, where = "ieee", architecture(x.device)
+    precision, where = "ieee", common.architecture(x.device)
     if where.startswith("sm"):
         precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
     # Triton's interpreter multiplies the bits of bf16 numbers as if they were integers.
@@ -161,14 +158,15 @@ def _decays(
     mask: Tensor | None,
     step: tuple[bool, float, float],
 ) -> Tensor:
-    """(3, chunks, H, Q): running sums of exponents in two parts, and Δ."""
-    decay = dt.new_empty(3, k.chunks, k.heads, CHUNK, dtype=torch.float32)
+    """(chunks, H, Q, 4): running sums of exponents and Δ; see `ssd_decay_kernel`."""
+    decay = dt.new_empty(k.chunks, k.heads, CHUNK, 4, dtype=torch.float32)
     pointers, strides = _decay_arguments(k, dt, A, dt_bias, doc, mask)
     options = k.options("ssd_decay")
     softplus, lowest, highest = step
     _decay_kernel[(k.chunks * -(-k.heads // options["BLOCK_H"]),)](
-        *pointers, decay, *strides, k.rows, k.length, k.heads, k.plane, lowest, highest,
-        SOFTPLUS=softplus, LIMIT=_limited(step), VARLEN=k.tables[0] is not None, Q=CHUNK,
+        *pointers, decay, *strides, k.rows, k.length, k.heads, lowest, highest,
+        SOFTPLUS=softplus, LIMIT=_limited(step), VARLEN=k.tables[0] is not None, WIDE=k.wide,
+        Q=CHUNK,
         **options,
     )  # fmt: skip
     return decay
@@ -208,7 +206,7 @@ def _states(
         x, B, dy, C, z, mask, decay, outputs[0], outputs[1], entries[0], entries[1], outputs[2],
         state, carry, dstate, dcarry, cu_seqlens, first,
         *_strides(x), *_strides(B), *_strides(dy), *_strides(C), *_strides(z), *_strides(mask, 2),
-        k.rows, k.length, k.heads, k.heads // k.groups, k.plane, walked, **k.shape,
+        k.rows, k.length, k.heads, k.heads // k.groups, walked, **k.shape,
         TOTALS=find_totals, SEGMENTS=segments, VARLEN=cu_seqlens is not None, WIDE=k.wide,
         PRECISION=k.precision, Q=CHUNK, **options,
     )  # fmt: skip
@@ -265,7 +263,7 @@ def _forward(
             x, B, C, D, z, mask, decay, initial_state, totals, carry, y, ungated, final,
             *k.tables[:2],
             *_strides(x), *_strides(B), *_strides(C), *_strides(z), *_strides(mask, 2),
-            k.rows, k.length, k.heads, k.heads // k.groups, k.plane, **k.shape,
+            k.rows, k.length, k.heads, k.heads // k.groups, **k.shape,
             D_PER_CHANNEL=D is not None and D.ndim == 2, SEGMENTS=segments,
             VARLEN=cu_seqlens is not None, WIDE=k.wide, PRECISION=k.precision, Q=CHUNK,
             BLOCK_N=_block(k.states), **options,
@@ -316,7 +314,7 @@ def _backward(
     dinitial = None
     if initial_state is not None:
         dinitial = initial_state.new_empty(initial_state.shape, dtype=torch.float32)
-    grad = x.new_empty(3, k.chunks, k.heads, CHUNK, dtype=torch.float32)
+    grad = x.new_empty(4, k.chunks, k.heads, CHUNK, dtype=torch.float32)
     sums = x.new_empty(2, k.chunks, k.heads, dtype=torch.float32)
     dD = None
     if D is not None:
@@ -329,16 +327,14 @@ def _backward(
         options = k.options("ssd_bwd")
         heads = _heads_per_program(k, options.pop("HEADS"))
         blocks = k.heads // k.groups // heads
-        if blocks == 1:
-            dB, dC = B.new_empty(B.shape), C.new_empty(C.shape)
-        else:
-            parts = (blocks, *B.shape)
-            dB, dC = (x.new_empty(parts, dtype=torch.float32) for _ in range(2))
-        _bwd_kernel[(k.chunks * k.groups * blocks,)](
+        # dB in one part is dB; dC always comes in two parts a block of heads.
+        dB = x.new_empty(blocks, *B.shape, dtype=B.dtype if blocks == 1 else torch.float32)
+        dC = x.new_empty(2 * blocks, *C.shape, dtype=torch.float32)
+        _bwd_kernel[(2 * k.chunks * k.groups * blocks,)](
             x, B, C, D, z, ungated, mask, dy, decay, states, dstates, dx, dz, dB, dC, grad, dD,
             *k.tables,
             *_strides(x), *_strides(B), *_strides(C), *_strides(z), *_strides(mask, 2),
-            *_strides(dy), k.rows, k.length, k.heads, k.groups, k.plane,
+            *_strides(dy), k.rows, k.length, k.heads, k.groups, grad[0].numel(),
             B.numel(), **k.shape, D_PER_CHANNEL=D is not None and D.ndim == 2,
             VARLEN=cu_seqlens is not None, WIDE=k.wide, PRECISION=k.precision, Q=CHUNK,
             HEADS=heads, HEAD_BLOCKS=blocks, P_BLOCKS=-(-k.head_dim // options["BLOCK_P"]),
@@ -347,12 +343,12 @@ def _backward(
         pointers, strides = _decay_arguments(k, dt, A, dt_bias, doc, mask)
         options = k.options("ssd_decay_bwd")
         _decay_bwd_kernel[(k.chunks * -(-k.heads // options["BLOCK_H"]),)](
-            *pointers, grad, ddt, sums, *strides, k.rows, k.length, k.heads, k.plane,
+            *pointers, grad, ddt, sums, *strides, k.rows, k.length, k.heads, grad[0].numel(),
             k.chunks * k.heads, dt_min, dt_max, SOFTPLUS=dt_softplus, LIMIT=_limited(step),
             VARLEN=cu_seqlens is not None, Q=CHUNK, **options,
         )  # fmt: skip
-    if blocks > 1:
-        dB, dC = dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype)
+    dB = dB.view(B.shape) if blocks == 1 else dB.sum(0).to(B.dtype)
+    dC = dC.sum(0).to(C.dtype)
     dA, dbias = sums.sum(1)
     if D is not None and dD is not None:
         dD = dD.sum(0)
