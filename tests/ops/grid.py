@@ -384,44 +384,53 @@ def name_of(row: Row) -> str:
     return "-".join([*sizes, row["dtype"], row["packing"], *flags])
 
 
+def _jobs(args: argparse.Namespace) -> list[tuple[str, Row]]:
+    """Every row of every operator asked for, those that take longest first."""
+    words = args.only.split(",")
+    jobs = [(o, r) for o in OPERATORS if "" in words or o in words for r in [*ROWS, LONG]]
+    longest = {"ssd": 3, "selective_scan": 2, "causal_conv1d": 1}
+    # The definition takes a second for each thousand tokens of each row of the batch.
+    return sorted(jobs, key=lambda j: (-longest.get(j[0], 0), j[1]["T"] != SEQUENTIAL_UP_TO))
+
+
 def _part(args: argparse.Namespace) -> None:
-    """Check every `processes`-th row, from row `start` on, and print one JSON line each.
+    """Check rows `start`, `start + processes`, ... and print one JSON line each.
 
     A CUDA error leaves a process that can do nothing more: it ends with status 3.
     """
-    device = torch.device("cuda")
-    for number, (operator, row) in _jobs(args)[args.start :]:
-        began = time.perf_counter()
+    device, began = torch.device("cuda"), time.perf_counter()
+    jobs = _jobs(args)
+    for number in range(args.start, len(jobs), args.processes):
+        if time.perf_counter() - began > args.seconds:
+            return
+        operator, row = jobs[number]
+        start = time.perf_counter()
         result: dict[str, Any] = {"number": number, "operator": operator, "row": row}
         try:
             result["values"] = check(operator, row, device)
             torch.cuda.synchronize()
         except Exception as error:  # whatever a kernel does, the other rows are checked
             result["failure"] = f"{type(error).__name__}: {str(error)[-300:]}"
-        result["seconds"] = round(time.perf_counter() - began, 1)
+        result["seconds"] = round(time.perf_counter() - start, 1)
         print(json.dumps(result), flush=True)
         if "CUDA error" in result.get("failure", "") or "[CUDA]" in result.get("failure", ""):
             os._exit(3)
         torch.cuda.empty_cache()
 
 
-def _jobs(args: argparse.Namespace) -> list[tuple[int, tuple[str, Row]]]:
-    """The rows of one process, or all of them, numbered within the process."""
-    words = args.only.split(",")
-    jobs = [(o, r) for r in [*ROWS, LONG] for o in OPERATORS if "" in words or o in words]
-    return list(enumerate(jobs if args.part is None else jobs[args.part :: args.processes]))
-
-
-def _run_part(part: int, arguments: list[str]) -> list[dict[str, Any]]:
+def _run_part(part: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Results of one share of the rows; after a CUDA error a new process goes on."""
     results: list[dict[str, Any]] = []
-    command = [sys.executable, "-m", "tests.ops.grid", *arguments, "--part", str(part)]
+    began, start = time.perf_counter(), part
     while True:
-        start = results[-1]["number"] + 1 if results else 0
-        done = subprocess.run([*command, "--start", str(start)], stdout=subprocess.PIPE, text=True)
+        left = args.seconds - (time.perf_counter() - began)
+        command = [sys.executable, "-m", "tests.ops.grid", "--only", args.only, "--seconds",
+                   str(left), "--processes", str(args.processes), "--start", str(start)]  # fmt: skip
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         results += [json.loads(line) for line in done.stdout.splitlines()]
         if done.returncode != 3:
             return results
+        start = results[-1]["number"] + args.processes
 
 
 def main() -> None:
@@ -431,17 +440,22 @@ def main() -> None:
     parser.add_argument("--only", default="", help="operators, comma-separated")
     parser.add_argument("--processes", type=int, default=16)
     parser.add_argument("--output", type=Path, default=common.RESULTS / "correctness.jsonl")
-    parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--start", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=600, help="start no row after this time")
+    parser.add_argument("--start", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.part is not None:
+    if args.start is not None:
         _part(args)
         return
     began = time.perf_counter()
     with ThreadPoolExecutor(args.processes) as pool:
-        run = functools.partial(_run_part, arguments=sys.argv[1:])
-        results = [r for part in pool.map(run, range(args.processes)) for r in part]
+        parts = pool.map(functools.partial(_run_part, args=args), range(args.processes))
+        results = [r for part in parts for r in part]
+    slow = ", ".join(
+        f"{r['operator']} {name_of(r['row'])} {r['seconds']:.0f} s"
+        for r in sorted(results, key=lambda r: -r["seconds"])[:5]
+    )
     print(f"{len(results)} of {len(_jobs(args))} checks in {time.perf_counter() - began:.0f} s")
+    print(f"slowest: {slow}")
     failed = False
     for operator in OPERATORS:
         mine = [r for r in results if r["operator"] == operator]

@@ -145,4 +145,7 @@ def test_views_of_a_projection_equal_their_copies(operator: str) -> None:
     views = {n: embedded(v) if n in ("x", "dt", "B", "C", "z") else v for n, v in inputs.items()}
     got, _ = grid.evaluate(kernel, views, cotangents)
     for name, value in got.items():
-        assert torch.equal(value, expected[name]), name
+        # Other strides load in other widths, so that sums may be formed in another order: the last
+        # digits of fp32, or one rounding to bf16.
+        close = 1e-5 if value.dtype == torch.float32 else 3e-3
+        assert relative_error(value, expected[name]) < close, name
