@@ -424,8 +424,9 @@ def _run_part(part: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     began, start = time.perf_counter(), part
     while True:
         left = args.seconds - (time.perf_counter() - began)
-        command = [sys.executable, "-m", "tests.ops.grid", "--only", args.only, "--seconds",
-                   str(left), "--processes", str(args.processes), "--start", str(start)]  # fmt: skip
+        options = {"only": args.only, "seconds": left, "processes": args.processes, "start": start}
+        command = [sys.executable, "-m", "tests.ops.grid"]
+        command += [f"--{name}={value}" for name, value in options.items()]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         results += [json.loads(line) for line in done.stdout.splitlines()]
         if done.returncode != 3:
