@@ -84,7 +84,7 @@ class Capture:
             self._lent.append((layer, layer.state if keep else {}))
             layer.state = dict(mine.state)
         if own:
-            torch._foreach_copy_(own, theirs)
+            torch._foreach_copy_(own, theirs)  # pyright: ignore[reportPrivateImportUsage]
 
     def give_back(self) -> None:
         """Return the content of the static tensors to the caches that borrowed them."""
@@ -96,7 +96,7 @@ class Capture:
                     contents.append(layer.state[name])
             layer.state = home
         if homes:
-            torch._foreach_copy_(homes, contents)
+            torch._foreach_copy_(homes, contents)  # pyright: ignore[reportPrivateImportUsage]
         self._lent = []
 
 
@@ -237,7 +237,7 @@ def _signature(model: nn.Module) -> Hashable:
     return model.training, tuple((t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors)
 
 
-def _flags() -> tuple[bool, ...]:
+def _flags() -> tuple[Hashable, ...]:
     return (
         torch.backends.cuda.matmul.allow_tf32,
         torch.are_deterministic_algorithms_enabled(),

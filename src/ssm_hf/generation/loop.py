@@ -8,6 +8,12 @@ from torch import Tensor, nn
 from ssm_hf.cache import RecurrentCache
 from ssm_hf.generation.select import Request, Selection
 from ssm_hf.generation.session import NextLogits, Session
+from ssm_hf.ops.dispatch import HAS_TRITON, runs_kernels
+
+if HAS_TRITON:
+    from ssm_hf.generation.fused import FusedSelection
+else:
+    FusedSelection = None
 
 # Steps that are launched before the host looks at what an earlier one has chosen. Two hide the
 # launches; what is computed beyond the end is thrown away.
@@ -44,11 +50,13 @@ def decode(
     batch, vocabulary = logits.shape
     capture = session.capture_for(cache)
     recipe = request.recipe
+    kind = selection_class(logits.device)
+    key = kind.key(recipe)
 
     def make() -> Selection:
-        return Selection(recipe, batch, vocabulary, logits.device)
+        return kind(recipe, batch, vocabulary, logits.device)
 
-    selection: Selection = make() if capture is None else capture.buffers(recipe, make)
+    selection: Selection = make() if capture is None else capture.buffers(key, make)
 
     def captured() -> None:
         assert capture is not None
@@ -56,7 +64,7 @@ def decode(
 
     def step() -> None:
         nonlocal capture
-        if capture is not None and session.run(capture, recipe, captured):
+        if capture is not None and session.run(capture, key, captured):
             cache.seen_tokens += 1
             return
         capture = None
@@ -95,6 +103,13 @@ def decode(
         raise RuntimeError("the logits hold inf or nan: no token can be drawn")
     cache.seen_tokens = seen + new - 1
     return tokens[:, :new]
+
+
+def selection_class(device: torch.device) -> type[Selection]:
+    """Who chooses tokens on `device`."""
+    if FusedSelection is not None and runs_kernels("next_token", device):
+        return FusedSelection
+    return Selection
 
 
 def _length(tokens: Tensor, eos: Tensor) -> int:

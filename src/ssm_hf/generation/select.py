@@ -1,6 +1,7 @@
 """From logits to the next token: which requests are understood, and the choice itself."""
 
 import math
+from collections.abc import Hashable
 from typing import NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ _CRITERIA = (MaxLengthCriteria, EosTokenCriteria)
 
 
 class Recipe(NamedTuple):
-    """How tokens are chosen; equal recipes share a captured step.
+    """How tokens are chosen.
 
     Attributes:
         sample: draw, or take the largest score.
@@ -167,8 +168,14 @@ class Selection:
             self.suppressed = torch.zeros(vocabulary, dtype=torch.bool, device=device)
             self.suppressed[list(recipe.suppressed)] = True
 
+    @staticmethod
+    def key(recipe: Recipe) -> Hashable:
+        """Recipes of equal keys can share a selection, and so a captured step."""
+        return recipe
+
     def start(self, request: Request, input_ids: Tensor) -> None:
         """Begin a call with the prompt input_ids (B, T)."""
+        self.recipe = request.recipe
         self.unfinished.fill_(True)
         self.count.zero_()
         if self.broken is not None:

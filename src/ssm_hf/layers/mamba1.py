@@ -200,9 +200,10 @@ class Mamba1Mixer(Mixer):
             conv_weight=self.conv1d.weight[:, 0],
             conv_bias=self.conv1d.bias,
             out_dtype=torch.float32,
+            overlap=True,
         )
         hidden, z = proj.chunk(2, dim=-1)
-        low, B, C = norm_linear(hidden, self.x_proj.weight).split(
+        low, B, C = norm_linear(hidden, self.x_proj.weight, overlap=True).split(
             [self.time_step_rank, self.state_size, self.state_size], dim=-1
         )
         y = mamba1_step(
@@ -216,8 +217,9 @@ class Mamba1Mixer(Mixer):
             D=self.D,
             dt_weight=self.dt_proj.weight,
             dt_bias=self.dt_proj.bias,
+            overlap=True,
         )
-        y = norm_linear(y, self.out_proj.weight, self.out_proj.bias, residual=x[:, 0])
+        y = norm_linear(y, self.out_proj.weight, self.out_proj.bias, residual=x[:, 0], overlap=True)
         return y[:, None]
 
 

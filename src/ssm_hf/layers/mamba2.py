@@ -201,7 +201,7 @@ class Mamba2Mixer(Mixer):
         return self.out_proj(y)
 
     def _step(
-        self, proj: Tensor, layer: RecurrentLayer, norm: RMSNorm | None, convolved: bool = False
+        self, proj: Tensor, layer: RecurrentLayer, norm: RMSNorm | None, fused: bool = False
     ) -> Tensor:
         """Everything between the projections for one token, proj (B, in_size) -> (B, I)."""
         return mamba2_step(
@@ -219,7 +219,8 @@ class Mamba2Mixer(Mixer):
             norm_weight=None if norm is None else norm.weight,
             norm_eps=0.0 if norm is None else norm.eps,
             norm_before_gate=norm is not None and norm.norm_before_gate,
-            convolved=convolved,
+            convolved=fused,
+            overlap=fused,
         )
 
     def residual_step(
@@ -249,8 +250,9 @@ class Mamba2Mixer(Mixer):
             conv_bias=self.conv1d.bias,
             conv_first=self.ssm_size,
             out_dtype=torch.float32,
+            overlap=True,
         )
-        y = self._step(proj, layer, None, convolved=True)
+        y = self._step(proj, layer, None, fused=True)
         scan_norm = self.norm
         y = norm_linear(
             y,
@@ -260,6 +262,7 @@ class Mamba2Mixer(Mixer):
             eps=0.0 if scan_norm is None else scan_norm.eps,
             group_size=self.ssm_size // self.n_groups,
             residual=x[:, 0],
+            overlap=True,
         )
         return y[:, None]
 

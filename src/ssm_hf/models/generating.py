@@ -11,6 +11,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ssm_hf.cache import RecurrentCache
 from ssm_hf.generation import Request, Session, current_session, decode, open_session, read_request
+from ssm_hf.layers.mixer import all_plain
+from ssm_hf.ops.norm_linear import few_rows, norm_linear
 from ssm_hf.sequence import SequenceInfo
 
 _CACHES_THAT_ARE_OURS = (None, "dynamic", "static")
@@ -240,15 +242,25 @@ class GeneratingMixin:
 
     def _next_logits(self: Any, tokens: Tensor, cache: RecurrentCache) -> Tensor:
         """Logits (B, V) fp32 after real tokens (B, 1); nothing in it waits for the device."""
-        hidden = self.base_model(
-            input_ids=tokens,
-            past_key_values=cache,
-            use_cache=True,
-            sequence_info=SequenceInfo(),
-            return_dict=True,
-        ).last_hidden_state[:, -1]
+        embed, blocks, norm = self.base_model._parts()
         head = self.get_output_embeddings()
-        logits = head(hidden.to(head.weight.dtype))
+        update, stream = embed(tokens), None
+        if self.config.residual_in_fp32 and update.dtype != torch.float64:
+            update = update.float()
+        for block in blocks:
+            update, stream = block(update, stream, SequenceInfo(), past_key_values=cache)
+        if stream is None and few_rows(update, head.weight) and all_plain(norm, head):
+            return norm_linear(
+                update[:, 0],
+                head.weight,
+                head.bias,
+                norm_weight=norm.weight,
+                eps=norm.eps,
+                out_dtype=torch.float32,
+                overlap=True,
+            )
+        hidden, _ = norm(update, stream)
+        logits = head(hidden[:, -1].to(head.weight.dtype))
         return logits if logits.dtype == torch.float64 else logits.float()
 
 

@@ -53,6 +53,14 @@ def tuned(kernel: str, size: str, device: torch.device) -> dict[str, int]:
     return {**options, "enable_fp_fusion": True}
 
 
+def overlapping(wanted: bool, device: torch.device) -> dict[str, bool]:
+    """Options of kernels that wait with `kernels_overlap.wait_for_previous`: on where it exists."""
+    major = architecture(device).removeprefix("sm")[:-1]
+    if wanted and major.isdigit() and int(major) >= 9:
+        return {"OVERLAP": True, "launch_pdl": True}
+    return {"OVERLAP": False}
+
+
 def common_unit(*strides: int) -> int:
     """Largest power of two up to 16 that divides all strides (0 counts as divisible).
 

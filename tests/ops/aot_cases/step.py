@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from ssm_hf.generation.fused import FusedSelection
+from ssm_hf.generation.select import Recipe
 from ssm_hf.ops.causal_conv1d.step import causal_conv1d_step_
 from ssm_hf.ops.norm_linear import norm_linear
 from ssm_hf.ops.selective_scan.step import mamba1_step
@@ -31,6 +33,9 @@ def aot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     }
     proj = _bf16(32, 1536 + channels + 24)
     yield "mamba2", lambda: mamba2_step(proj, **mamba2, norm_weight=_bf16(1536), norm_eps=1e-5)
+    wide = _bf16(32, 64 + 1536 + channels + 24)
+    late = {"norm_weight": _bf16(1536), "norm_eps": 1e-5, "norm_before_gate": True}
+    yield "mamba2-gated-mlp", lambda: mamba2_step(wide, **mamba2, **late)
     yield "mamba2-convolved", lambda: mamba2_step(proj.float(), **mamba2, convolved=True)
 
     x, z = _bf16(8, 2 * 1536).chunk(2, dim=1)
@@ -52,4 +57,13 @@ def aot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
                     **norm)  # fmt: skip
 
     yield "norm_linear-1", lambda: linear(1)
+    recipe = Recipe(True, 1.2, 0.9, 50, 0.9, 0.1, (1, 2), 0, (1,))
+    logits = torch.empty(8, 50288)
+
+    def choose(recipe: Recipe) -> None:
+        FusedSelection(recipe, 8, 50288, logits.device).choose(logits)
+
+    yield "choose-greedy", lambda: choose(Recipe())
+    yield "choose-all", lambda: choose(recipe)
+    yield "choose-top-p", lambda: choose(Recipe(sample=True, top_p=0.9))
     yield "norm_linear-8", lambda: linear(8)

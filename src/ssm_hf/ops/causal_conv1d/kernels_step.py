@@ -11,21 +11,29 @@ def silu(x):
 
 
 @triton.jit
+def history(
+    window_ptr, weight_ptr, bias_ptr, channel, inside, channels,
+    TAPS: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """What some channels' convolution adds to the newest input, from one row's window (K-1, C)."""
+    y = tl.zeros(channel.shape, tl.float32)
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+    for k in tl.static_range(TAPS - 1):
+        old = tl.load(window_ptr + k * channels + channel, mask=inside, other=0.0).to(tl.float32)
+        y += old * tl.load(weight_ptr + channel * TAPS + k, mask=inside, other=0.0).to(tl.float32)
+    return y
+
+
+@triton.jit
 def convolved(
     new, window_ptr, weight_ptr, bias_ptr, channel, inside, channels,
     TAPS: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """silu(conv) in fp32 for some channels, from one row's window (K-1, C) and the new input."""
-    y = new.to(tl.float32) * tl.load(
-        weight_ptr + channel * TAPS + (TAPS - 1), mask=inside, other=0.0
-    ).to(tl.float32)
-    for k in tl.static_range(TAPS - 1):
-        old = tl.load(window_ptr + k * channels + channel, mask=inside, other=0.0).to(tl.float32)
-        weight = tl.load(weight_ptr + channel * TAPS + k, mask=inside, other=0.0).to(tl.float32)
-        y += old * weight
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-    return silu(y)
+    """silu(conv) in fp32 for some channels, from one row's window and the new input."""
+    weight = tl.load(weight_ptr + channel * TAPS + (TAPS - 1), mask=inside, other=0.0)
+    past = history(window_ptr, weight_ptr, bias_ptr, channel, inside, channels, TAPS, HAS_BIAS)
+    return silu(past + new.to(tl.float32) * weight.to(tl.float32))
 
 
 @triton.jit

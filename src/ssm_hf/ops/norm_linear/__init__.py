@@ -14,14 +14,15 @@ else:
 
 __all__ = ["MOST_ROWS", "few_rows", "norm_linear"]
 
-# More rows than this are no longer bound by reading the weight in a kernel without matrix units.
 MOST_ROWS = 8
+# With more rows a library's matrix units win.
+_FEW_ROWS = 2
 
 
 def few_rows(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernel runs for x (B, ...) and beats a library product and its neighbours."""
     return (
-        x.shape[0] <= MOST_ROWS
+        x.shape[0] <= _FEW_ROWS
         and weight.dtype != torch.float64
         and not torch.is_autocast_enabled(x.device.type)
         and runs_kernels("norm_linear", x.device)
@@ -43,6 +44,7 @@ def norm_linear(
     conv_bias: Tensor | None = None,
     conv_first: int = 0,
     out_dtype: torch.dtype | None = None,
+    overlap: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     """residual + conv(weight norm(x) + bias), every part but the product optional.
@@ -61,6 +63,8 @@ def norm_linear(
         conv_bias: (C,) or None.
         conv_first: first output that is convolved.
         out_dtype: dtype of the result; default that of the residual, or of x.
+        overlap: what is read beside x and the residual was not written by the kernel launched just
+            before, so that it may be read while that one still runs.
         impl: `"auto"`, `"reference"` or `"triton"`.
 
     Returns:
@@ -126,4 +130,5 @@ def norm_linear(
         conv_bias,
         conv_first,
         out_dtype,
+        overlap,
     )

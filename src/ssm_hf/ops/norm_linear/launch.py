@@ -5,10 +5,12 @@
 import torch
 from torch import Tensor
 
-from ssm_hf.ops.launch import check_tensors, on_device, tuned
+from ssm_hf.ops.launch import check_tensors, on_device, overlapping, tuned
 from ssm_hf.ops.norm_linear.kernels import norm_linear_kernel
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# More outputs than this take several rounds of programs, as a vocabulary does.
+_TALL = 16384
 
 
 @torch.library.custom_op("ssm_hf::norm_linear", mutates_args=("conv_state",))
@@ -25,6 +27,7 @@ def norm_linear_triton(
     conv_bias: Tensor | None,
     conv_first: int,
     out_dtype: torch.dtype,
+    overlap: bool,
 ) -> Tensor:
     """See `ssm_hf.ops.norm_linear`."""
     check_tensors(
@@ -48,11 +51,13 @@ def norm_linear_triton(
         if not conv_state.is_contiguous():
             raise ValueError("norm_linear: conv_state must be contiguous")
         taps, conv_weight = conv_weight.shape[1], conv_weight.contiguous()
-    batch = 1 << (rows - 1).bit_length()
-    options = dict(tuned("norm_linear", f"rows{batch}", x.device))
-    block = options.pop("BLOCK_O")
+    options = {
+        **tuned("norm_linear", _size_class(size, outputs), x.device),
+        **overlapping(overlap, x.device),
+    }
+    block = options["BLOCK_O"]
     with on_device(x):
-        norm_linear_kernel[((outputs + block - 1) // block,)](
+        norm_linear_kernel[(-(-outputs // block),)](
             x,
             norm_weight,
             weight,
@@ -66,20 +71,18 @@ def norm_linear_triton(
             weight.stride(0),
             0 if residual is None else residual.stride(0),
             out.stride(0),
-            rows,
             outputs,
-            size,
-            group_size,
             conv_first,
             0 if conv_state is None else conv_state.shape[2],
             eps,
+            SIZE_IN=size,
+            GROUP_SIZE=group_size,
             NORM=norm_weight is not None,
             HAS_BIAS=bias is not None,
             RESIDUAL=residual is not None,
             TAPS=taps,
             CONV_BIAS=conv_bias is not None,
-            BATCH=batch,
-            BLOCK_O=block,
+            BATCH=rows,
             **options,
         )
     return out
@@ -99,8 +102,15 @@ def _(
     conv_bias: Tensor | None,
     conv_first: int,
     out_dtype: torch.dtype,
+    overlap: bool,
 ) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0], dtype=out_dtype)
+
+
+def _size_class(size: int, outputs: int) -> str:
+    """By the width of a weight's row, which decides how many rows fit into registers."""
+    width = next((str(bound) for bound in (1024, 2048, 4096) if size <= bound), "wide")
+    return f"{width}-tall" if outputs > _TALL else width
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -22,8 +22,10 @@ def norm_linear_torch(
     conv_bias: Tensor | None,
     conv_first: int,
     out_dtype: torch.dtype,
+    overlap: bool,
 ) -> Tensor:
     """The definition, in fp32 or wider; see `ssm_hf.ops.norm_linear`."""
+    del overlap
     dtype = compute_dtype(x, weight)
     x = x.to(dtype)
     if norm_weight is not None:

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from ssm_hf.ops.causal_conv1d.kernels_step import silu
+from ssm_hf.ops.kernels_overlap import wait_for_previous
 from ssm_hf.ops.ssd.kernels_step import softplus
 
 
@@ -14,6 +15,7 @@ def mamba1_step_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,  # 0: `low` is the projected step size (B, I) with its bias
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_I channels of one row."""
     row = (tl.program_id(0) // blocks).to(tl.int64)
@@ -26,13 +28,16 @@ def mamba1_step_kernel(
     A = tl.exp(tl.load(A_log_ptr + at, mask=inside, other=0.0).to(tl.float32))
     if BLOCK_R > 0:
         r = tl.arange(0, BLOCK_R)
+        dt_bias = tl.load(dt_bias_ptr + i, mask=i_inside, other=0.0).to(tl.float32)
         weight = tl.load(
             dt_weight_ptr + i[:, None] * rank + r[None, :],
             mask=i_inside[:, None] & (r < rank)[None, :], other=0.0,
         )  # fmt: skip
+    wait_for_previous(OVERLAP)
+    if BLOCK_R > 0:
         low = tl.load(low_ptr + row * stride_low + r, mask=r < rank, other=0.0)
         dt = tl.sum(weight.to(tl.float32) * low.to(tl.float32)[None, :], axis=1)
-        dt += tl.load(dt_bias_ptr + i, mask=i_inside, other=0.0).to(tl.float32)
+        dt += dt_bias
     else:
         dt = tl.load(low_ptr + row * stride_low + i, mask=i_inside, other=0.0).to(tl.float32)
     dt = softplus(dt)

@@ -30,6 +30,7 @@ def mamba1_step(
     D: Tensor,
     dt_weight: Tensor | None = None,
     dt_bias: Tensor | None = None,
+    overlap: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     """(h C + D x) silu(z) with h <- exp(-Δ exp(A_log)) h + Δ x B and Δ = softplus of the step size.
@@ -45,6 +46,8 @@ def mamba1_step(
         D: (I,).
         dt_weight: (I, R) step projection, or None.
         dt_bias: (I,), its bias; given with `dt_weight`.
+        overlap: what is read beside dt, B and C was not written by the kernel launched just
+            before, so that it may be read while that one still runs.
         impl: `"auto"`, `"reference"` or `"triton"`.
 
     Returns:
@@ -86,7 +89,7 @@ def mamba1_step(
         triton=mamba1_step_triton,
         unsupported=unsupported,
     )
-    return run(x, dt, B, C, z, state, A_log, D, dt_weight, dt_bias)
+    return run(x, dt, B, C, z, state, A_log, D, dt_weight, dt_bias, overlap)
 
 
 def mamba1_step_torch(
@@ -100,8 +103,10 @@ def mamba1_step_torch(
     D: Tensor,
     dt_weight: Tensor | None,
     dt_bias: Tensor | None,
+    overlap: bool,
 ) -> Tensor:
     """The step in plain torch, few passes over the state."""
+    del overlap
     wide = compute_dtype(x, state)
     h = state if state.dtype == wide else state.to(wide)
     if dt_weight is not None and dt_bias is not None:

@@ -5,7 +5,7 @@
 import torch
 from torch import Tensor
 
-from ssm_hf.ops.launch import check_tensors, on_device, tuned
+from ssm_hf.ops.launch import check_tensors, on_device, overlapping, tuned
 from ssm_hf.ops.selective_scan.kernels_step import mamba1_step_kernel
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -23,6 +23,7 @@ def mamba1_step_triton(
     D: Tensor,
     dt_weight: Tensor | None,
     dt_bias: Tensor | None,
+    overlap: bool,
 ) -> Tensor:
     """See `ssm_hf.ops.selective_scan.step.mamba1_step`."""
     check_tensors(
@@ -48,7 +49,7 @@ def mamba1_step_triton(
     y = x.new_empty(batch, inner)
     rank = 0 if dt_weight is None else dt_weight.shape[1]
     options = dict(tuned("mamba1_step", "rows1" if batch == 1 else "default", x.device))
-    block = options.pop("BLOCK_I")
+    block = options["BLOCK_I"]
     blocks = (inner + block - 1) // block
     with on_device(x):
         mamba1_step_kernel[(batch * blocks,)](
@@ -72,10 +73,10 @@ def mamba1_step_triton(
             states,
             rank,
             blocks,
-            BLOCK_I=block,
             BLOCK_N=1 << (states - 1).bit_length(),
             BLOCK_R=1 << (rank - 1).bit_length() if rank else 0,
             **options,
+            **overlapping(overlap, x.device),
         )
     return y
 
@@ -92,5 +93,6 @@ def _(
     D: Tensor,
     dt_weight: Tensor | None,
     dt_bias: Tensor | None,
+    overlap: bool,
 ) -> Tensor:
     return x.new_empty(x.shape)

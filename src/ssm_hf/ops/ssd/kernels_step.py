@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from ssm_hf.ops.causal_conv1d.kernels_step import convolved, shift_window, silu
+from ssm_hf.ops.kernels_overlap import wait_for_previous
 
 
 @triton.jit
@@ -32,6 +33,7 @@ def mamba2_step_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_MLP: tl.constexpr,
     BLOCK_NORM: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_P channels of one head of one row.
 
@@ -55,6 +57,7 @@ def mamba2_step_kernel(
     inside = p_inside[:, None] & n_inside[None, :]
     S = tl.load(state, mask=inside, other=0.0).to(tl.float32)
 
+    wait_for_previous(OVERLAP)
     proj = proj_ptr + row * stride_proj
     z_ptr = proj + 2 * mlp
     conv_in = z_ptr + width
@@ -79,7 +82,6 @@ def mamba2_step_kernel(
     dt = tl.minimum(tl.maximum(dt, dt_low), dt_high)
     A = -tl.exp(tl.load(A_log_ptr + head).to(tl.float32))
     S = S * tl.exp(dt * A) + (dt * x)[:, None] * B[None, :]
-    tl.store(state, S, mask=inside)
     y = tl.sum(S * C[None, :], axis=1)
     if D_PER_CHANNEL:
         y += tl.load(D_ptr + x_channel, mask=p_inside, other=0.0).to(tl.float32) * x
@@ -95,19 +97,22 @@ def mamba2_step_kernel(
         tl.store(scratch_ptr + row * width + x_channel, y, mask=p_inside)
 
     if BLOCK_MLP > 0:
-        i = part * BLOCK_MLP + tl.arange(0, BLOCK_MLP)
-        gate = tl.load(proj + i, mask=i < mlp, other=0.0).to(tl.float32)
-        value = tl.load(proj + mlp + i, mask=i < mlp, other=0.0).to(tl.float32)
-        tl.store(out + i, silu(gate) * value, mask=i < mlp)
+        m = part * BLOCK_MLP + tl.arange(0, BLOCK_MLP)
+        gate = tl.load(proj + m, mask=m < mlp, other=0.0).to(tl.float32)
+        value = tl.load(proj + mlp + m, mask=m < mlp, other=0.0).to(tl.float32)
+        tl.store(out + m, silu(gate) * value, mask=m < mlp)
 
-    if CONV:
-        tl.debug_barrier()
-        shift_window(new_x, window, x_channel, p_inside, channels, TAPS)
+    last = False
     if CONV or NORM != 0:
-        # Everything above is done before the ticket is taken, by all threads.
+        # All threads have read B, C and their windows, and written y, before the ticket is taken.
+        # The state's store comes after it, or the ticket would wait for all of it.
         tl.debug_barrier()
         ticket = tickets_ptr + row * groups + group
         last = tl.atomic_add(ticket, 1, sem="acq_rel") == per_group * splits - 1
+    tl.store(state, S, mask=inside)
+    if CONV:
+        shift_window(new_x, window, x_channel, p_inside, channels, TAPS)
+    if CONV or NORM != 0:  # noqa: SIM102  (decided when the kernel is compiled)
         if last:
             tl.store(ticket, 0)
             if CONV:

@@ -40,6 +40,7 @@ def mamba2_step(
     norm_eps: float = 0.0,
     norm_before_gate: bool = False,
     convolved: bool = False,
+    overlap: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     """Convolution, step size, recurrence, skip, gate and norm of one token; states change in place.
@@ -61,6 +62,8 @@ def mamba2_step(
         norm_eps: of the norm.
         norm_before_gate: norm(y) silu(z) in place of norm(y silu(z)).
         convolved: x, B and C come through the convolution already; its state is not touched.
+        overlap: what is read beside proj was not written by the kernel launched just
+            before, so that it may be read while that one still runs.
         impl: `"auto"`, `"reference"` or `"triton"`.
 
     Returns:
@@ -128,6 +131,7 @@ def mamba2_step(
         norm_eps,
         norm_before_gate,
         convolved,
+        overlap,
     )
 
 
@@ -148,9 +152,10 @@ def mamba2_step_torch(
     norm_eps: float,
     norm_before_gate: bool,
     convolved: bool,
+    overlap: bool,
 ) -> Tensor:
     """The step in plain torch."""
-    del tickets
+    del tickets, overlap
     heads, head_dim, states = ssm_state.shape[1:]
     width, channels = heads * head_dim, conv_weight.shape[0]
     mlp = (proj.shape[1] - width - channels - heads) // 2

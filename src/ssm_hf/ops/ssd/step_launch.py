@@ -5,7 +5,7 @@
 import torch
 from torch import Tensor
 
-from ssm_hf.ops.launch import check_tensors, on_device, tuned
+from ssm_hf.ops.launch import check_tensors, on_device, overlapping, tuned
 from ssm_hf.ops.ssd.kernels_step import mamba2_step_kernel
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -35,6 +35,7 @@ def mamba2_step_triton(
     norm_eps: float,
     norm_before_gate: bool,
     convolved: bool,
+    overlap: bool,
 ) -> Tensor:
     """See `ssm_hf.ops.ssd.step.mamba2_step`."""
     check_tensors(
@@ -105,6 +106,7 @@ def mamba2_step_triton(
             BLOCK_MLP=_power_of_two(per_program) if mlp else 0,
             BLOCK_NORM=min(_power_of_two(width // n_groups), 2048),
             **options,
+            **overlapping(overlap, proj.device),
         )
     return out
 
@@ -127,6 +129,7 @@ def _(
     norm_eps: float,
     norm_before_gate: bool,
     convolved: bool,
+    overlap: bool,
 ) -> Tensor:
     width, channels = ssm_state.shape[1] * ssm_state.shape[2], conv_weight.shape[0]
     mlp = (proj.shape[1] - width - channels - ssm_state.shape[1]) // 2
