@@ -76,15 +76,23 @@ class _Launch(NamedTuple):
         ragged = self.tables[0] is not None or self.length % CHUNK != 0
         return {"STATES": self.states, "HEAD_DIM": self.head_dim, "RAGGED": ragged}
 
+    def blocks(self) -> tuple[int, int]:
+        """Channels and states of a tile that holds a whole head, powers of two.
+
+        With Triton 3.6 on Hopper, products of fewer than 64 rows lead to invalid memory accesses,
+        and fp32 ones of fewer than 64 columns to wrong results.
+        """
+        rows = 16 if common.architecture(self.device) == "cpu" else 64
+        columns = rows if self.wide else 16
+        return max(_block(self.head_dim), rows), max(_block(self.states), columns)
+
     def options(self, kernel: str) -> dict[str, Any]:
-        """Tuned options, with blocks no larger than the arrays."""
+        """Tuned options, with blocks no larger than a head."""
         size = "wide" if self.wide else f"n{_block(self.states)}"
         options: dict[str, Any] = dict(tuned(kernel, size, self.device))
-        # Products of fewer than 64 rows lead to invalid memory accesses with Triton 3.6 on Hopper.
-        rows = 16 if common.architecture(self.device) == "cpu" else 64
-        for name, extent, least in (("BLOCK_P", self.head_dim, rows), ("BLOCK_N", self.states, 16)):
+        for name, extent in zip(("BLOCK_P", "BLOCK_N"), self.blocks(), strict=True):
             if name in options:
-                options[name] = min(options[name], max(_block(extent), least))
+                options[name] = min(options[name], extent)
         return options
 
 
@@ -266,7 +274,7 @@ def _forward(
             k.rows, k.length, k.heads, k.heads // k.groups, **k.shape,
             D_PER_CHANNEL=D is not None and D.ndim == 2, SEGMENTS=segments,
             VARLEN=cu_seqlens is not None, WIDE=k.wide, PRECISION=k.precision, Q=CHUNK,
-            BLOCK_N=_block(k.states), **options,
+            BLOCK_N=k.blocks()[1], **options,
         )  # fmt: skip
     return y, final, ungated
 
@@ -338,7 +346,7 @@ def _backward(
             B.numel(), **k.shape, D_PER_CHANNEL=D is not None and D.ndim == 2,
             VARLEN=cu_seqlens is not None, WIDE=k.wide, PRECISION=k.precision, Q=CHUNK,
             HEADS=heads, HEAD_BLOCKS=blocks, P_BLOCKS=-(-k.head_dim // options["BLOCK_P"]),
-            BLOCK_N=_block(k.states), **options,
+            BLOCK_N=k.blocks()[1], **options,
         )  # fmt: skip
         pointers, strides = _decay_arguments(k, dt, A, dt_bias, doc, mask)
         options = k.options("ssd_decay_bwd")
