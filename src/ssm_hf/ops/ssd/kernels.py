@@ -297,7 +297,7 @@ def walk_states(
     if not TOTALS:
         S = entry_state(
             S, entry_ptr, totals_ptr, carry_ptr, (row * heads + head) * size + tile, in_tile,
-            at_carry * size + tile, heads.to(tl.int64) * size, at_carry, heads, segment,
+            at_carry * size + tile, heads * size, at_carry, heads, segment,
         )  # fmt: skip
     u_base = u_ptr + batch * u_sb + head * u_sh
     k_base = k_ptr + batch * k_sb + (head // per_group) * k_sg
@@ -350,9 +350,10 @@ def ssd_states_kernel(
     x_ptr, B_ptr, dy_ptr, C_ptr, z_ptr, mask_ptr, decay_ptr,
     states_ptr, dstates_ptr, initial_ptr, dfinal_ptr, dinitial_ptr,
     totals_ptr, carry_ptr, dtotals_ptr, dcarry_ptr, cu_ptr, first_ptr,
-    x_sb, x_st, x_sh, B_sb, B_st, B_sg, dy_sb, dy_st, dy_sh, C_sb, C_st, C_sg,
-    z_sb, z_st, z_sh, mask_sb, mask_st,
-    rows, length, heads, per_group, walked,
+    x_sb, x_st: tl.constexpr, x_sh, B_sb, B_st: tl.constexpr, B_sg,
+    dy_sb, dy_st: tl.constexpr, dy_sh, C_sb, C_st: tl.constexpr, C_sg,
+    z_sb, z_st: tl.constexpr, z_sh, mask_sb, mask_st,
+    rows, length, heads: tl.constexpr, per_group, walked,
     STATES: tl.constexpr, HEAD_DIM: tl.constexpr, RAGGED: tl.constexpr,
     TOTALS: tl.constexpr, SEGMENTS: tl.constexpr, VARLEN: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -399,8 +400,9 @@ def ssd_states_kernel(
 def ssd_fwd_kernel(
     x_ptr, B_ptr, C_ptr, D_ptr, z_ptr, mask_ptr, decay_ptr, initial_ptr, totals_ptr, carry_ptr,
     y_ptr, ungated_ptr, final_ptr, cu_ptr, first_ptr,
-    x_sb, x_st, x_sh, B_sb, B_st, B_sg, C_sb, C_st, C_sg, z_sb, z_st, z_sh, mask_sb, mask_st,
-    rows, length, heads, per_group,
+    x_sb, x_st: tl.constexpr, x_sh, B_sb, B_st: tl.constexpr, B_sg, C_sb, C_st: tl.constexpr, C_sg,
+    z_sb, z_st: tl.constexpr, z_sh, mask_sb, mask_st,
+    rows, length, heads: tl.constexpr, per_group,
     STATES: tl.constexpr, HEAD_DIM: tl.constexpr, RAGGED: tl.constexpr,
     D_PER_CHANNEL: tl.constexpr, SEGMENTS: tl.constexpr, VARLEN: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -436,7 +438,7 @@ def ssd_fwd_kernel(
     S = entry_state(
         tl.zeros((BLOCK_P, BLOCK_N), dtype=tl.float32),
         initial_ptr, totals_ptr, carry_ptr, (row * heads + head) * size + tile, in_tile,
-        at_carry * size + tile, heads.to(tl.int64) * size, at_carry, heads, segment,
+        at_carry * size + tile, heads * size, at_carry, heads, segment,
     )  # fmt: skip
     D = 0.0
     if D_ptr is not None:

@@ -36,38 +36,52 @@ def from_tokens(
         at = decay_ptr + (v * heads + head) * (4 * Q)
         a, b, delta = load_decay(at, Q)
         a_end = tl.load(at + 4 * Q - 4)
-        causal = i[:, None] <= i[None, :]
-        diagonal = i[:, None] == i[None, :]
-        if WIDE:
-            exponent = (a[None, :] - a[:, None]) + (b[None, :] - b[:, None])
-            to_exit = tl.exp2((a_end - a) + (tl.load(at + 4 * Q - 3) - b))
-        else:
-            exponent = a[None, :] - a[:, None]
-            to_exit = tl.exp2(a_end - a)
-        M = tl.exp2(tl.where(causal, exponent, float("-inf")))
-        # dx_s = sum of scores[s, t] dy_t + what comes from the state that leaves
-        scores = BC * M * delta[:, None]
-        if D_ptr is not None and not D_PER_CHANNEL:
-            scores += tl.where(diagonal, tl.load(D_ptr + head).to(tl.float32), 0.0)
-        scores = scores.to(dot_type)
-        da = tl.zeros((Q,), dtype=tl.float32)
-        left = tl.zeros((Q,), dtype=tl.float32)
-        dscale = tl.zeros((Q,), dtype=tl.float32)
-        dD = tl.zeros((Q,), dtype=tl.float32)
+        W = tl.zeros((Q, Q), dtype=tl.float32)
         for p_block in tl.static_range(P_BLOCKS):
             p = p_block * BLOCK_P + tl.arange(0, BLOCK_P)
             at_x = x_ptr + batch * x_sb + head * x_sh + token * x_st
             x = load_tile(at_x, x_st, i, p, in_row, RAGGED, CUT_P, HEAD_DIM)
             at_dy = dy_ptr + batch * dy_sb + head * dy_sh + token * dy_st
             dy = load_tile(at_dy, dy_st, i, p, is_real, MASKED, CUT_P, HEAD_DIM)
-            # Empty chunks (VARLEN) have no states; RAGGED covers them.
-            rows = p < tl.where(token < end, HEAD_DIM, 0)
-            at_dS = dstates_ptr + (v * heads + head) * size
-            dS = load_tile(at_dS, STATES, p, n, rows, RAGGED or CUT_P, CUT_N, STATES)
-            dS = dS.to(dot_type)
-            at_y = ((batch * length + token) * heads + head) * HEAD_DIM
             if z_ptr is not None:
                 at_z = z_ptr + batch * z_sb + head * z_sh + token * z_st
+                z = load_tile(at_z, z_st, i, p, in_row, RAGGED, CUT_P, HEAD_DIM).to(tl.float32)
+                dy = gated(dy.to(tl.float32), z)
+            W = tl.dot(x.to(dot_type), tl.trans(dy.to(dot_type)), W, input_precision=PRECISION)
+
+        diagonal = i[:, None] == i[None, :]
+        if D_ptr is not None and not D_PER_CHANNEL:
+            dD = tl.sum(tl.where(diagonal, W, 0.0), axis=1)
+            tl.store(dD_ptr + (v * heads + head) * Q + i, dD)
+        if WIDE:
+            exponent = (a[None, :] - a[:, None]) + (b[None, :] - b[:, None])
+            to_exit = tl.exp2((a_end - a) + (tl.load(at + 4 * Q - 3) - b))
+        else:
+            exponent = a[None, :] - a[:, None]
+            to_exit = tl.exp2(a_end - a)
+        M = tl.exp2(tl.where(i[:, None] <= i[None, :], exponent, float("-inf")))
+        # dx_s = sum of scores[s, t] dy_t + what comes from the state that leaves
+        scores = BC * M * delta[:, None]
+        W *= M
+        dscale = tl.sum(W * BC, axis=1)
+        W *= delta[:, None]
+        W_sum += W
+        # A token's effect on itself has no decay; with it, much would cancel in da.
+        pairs = tl.where(diagonal, 0.0, W * BC)
+        da = tl.sum(pairs, axis=0) - tl.sum(pairs, axis=1)
+        if D_ptr is not None and not D_PER_CHANNEL:
+            scores += tl.where(diagonal, tl.load(D_ptr + head).to(tl.float32), 0.0)
+        scores = scores.to(dot_type)
+
+        left = tl.zeros((Q,), dtype=tl.float32)
+        for p_block in tl.static_range(P_BLOCKS):
+            p = p_block * BLOCK_P + tl.arange(0, BLOCK_P)
+            at_y = ((batch * length + token) * heads + head) * HEAD_DIM
+            if P_BLOCKS > 1:
+                x = load_tile(at_x, x_st, i, p, in_row, RAGGED, CUT_P, HEAD_DIM)
+            if P_BLOCKS > 1 or z_ptr is not None:
+                dy = load_tile(at_dy, dy_st, i, p, is_real, MASKED, CUT_P, HEAD_DIM)
+            if z_ptr is not None:
                 z = load_tile(at_z, z_st, i, p, in_row, RAGGED, CUT_P, HEAD_DIM).to(tl.float32)
                 y = load_tile(ungated_ptr + at_y, y_st, i, p, in_row, RAGGED, CUT_P, HEAD_DIM).to(
                     tl.float32
@@ -76,26 +90,17 @@ def from_tokens(
                 dz = dy.to(tl.float32) * y * sigmoid * (1.0 + z * (1.0 - sigmoid))
                 store_tile(dz_ptr + at_y, y_st, i, p, in_row, dz, RAGGED, CUT_P, HEAD_DIM)
                 dy = gated(dy.to(tl.float32), z)
-            xd, dyd = x.to(dot_type), dy.to(dot_type)
-
-            W = tl.dot(xd, tl.trans(dyd), input_precision=PRECISION)
-            if D_ptr is not None and not D_PER_CHANNEL:
-                dD += tl.sum(tl.where(diagonal, W, 0.0), axis=1)
-            W *= M
-            pairs = W * BC
-            dscale += tl.sum(pairs, axis=1)
-            W *= delta[:, None]
-            W_sum += W
-            # A token's effect on itself has no decay; with it, much would cancel in da.
-            pairs = tl.where(diagonal, 0.0, W * BC)
-            da += tl.sum(pairs, axis=0) - tl.sum(pairs, axis=1)
-
+            # Empty chunks (VARLEN) have no states; RAGGED covers them.
+            rows = p < tl.where(token < end, HEAD_DIM, 0)
+            at_dS = dstates_ptr + (v * heads + head) * size
+            dS = load_tile(at_dS, STATES, p, n, rows, RAGGED or CUT_P, CUT_N, STATES)
+            dS = dS.to(dot_type)
             BdS = tl.dot(B, tl.trans(dS), input_precision=PRECISION) * to_exit[:, None]
             x_wide = x.to(tl.float32)
             left += tl.sum(x_wide * BdS, axis=1)
             leaving = (x_wide * (delta * to_exit)[:, None]).to(dot_type)
             dB = tl.dot(leaving, dS, dB, input_precision=PRECISION)
-            dx = tl.dot(scores, dyd, BdS * delta[:, None], input_precision=PRECISION)
+            dx = tl.dot(scores, dy.to(dot_type), BdS * delta[:, None], input_precision=PRECISION)
             if D_ptr is not None and D_PER_CHANNEL:
                 D = tl.load(D_ptr + head * HEAD_DIM + p, mask=p < HEAD_DIM, other=0.0)
                 dy_wide = dy.to(tl.float32)
@@ -107,8 +112,6 @@ def from_tokens(
         tl.store(at_grad, da)
         tl.store(at_grad + 2 * plane, left * delta)
         tl.store(at_grad + 3 * plane, dscale + left)
-        if D_ptr is not None and not D_PER_CHANNEL:
-            tl.store(dD_ptr + (v * heads + head) * Q + i, dD)
 
     W = W_sum.to(dot_type)
     dB = tl.dot(W, C, dB, input_precision=PRECISION)
@@ -182,8 +185,9 @@ def ssd_bwd_kernel(
     x_ptr, B_ptr, C_ptr, D_ptr, z_ptr, ungated_ptr, mask_ptr, dy_ptr, decay_ptr,
     states_ptr, dstates_ptr, dx_ptr, dz_ptr, dB_ptr, dC_ptr, grad_ptr, dD_ptr,
     cu_ptr, first_ptr, row_ptr,
-    x_sb, x_st, x_sh, B_sb, B_st, B_sg, C_sb, C_st, C_sg, z_sb, z_st, z_sh, mask_sb, mask_st,
-    dy_sb, dy_st, dy_sh, rows, length, heads, groups, plane, part,
+    x_sb, x_st: tl.constexpr, x_sh, B_sb, B_st: tl.constexpr, B_sg, C_sb, C_st: tl.constexpr, C_sg,
+    z_sb, z_st: tl.constexpr, z_sh, mask_sb, mask_st,
+    dy_sb, dy_st: tl.constexpr, dy_sh, rows, length, heads: tl.constexpr, groups, plane, part,
     STATES: tl.constexpr, HEAD_DIM: tl.constexpr, RAGGED: tl.constexpr,
     D_PER_CHANNEL: tl.constexpr, VARLEN: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, Q: tl.constexpr, HEADS: tl.constexpr, HEAD_BLOCKS: tl.constexpr,

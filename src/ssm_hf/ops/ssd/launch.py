@@ -185,8 +185,11 @@ def _limited(step: tuple[bool, float, float]) -> bool:
 
 
 def _segments(k: _Launch, programs: int, wanted: int) -> int:
-    """Pieces of a row that are walked at once, so that `wanted` programs run per processor."""
-    segments = -(-wanted * processors(k.device) // programs)
+    """Pieces of a row that are walked at once, so that up to `wanted` programs run per processor.
+
+    Not more: those that wait for a place gain nothing from being shorter.
+    """
+    segments = wanted * processors(k.device) // programs
     return max(1, min(segments, k.longest // SHORTEST_SEGMENT))
 
 
