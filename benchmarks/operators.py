@@ -349,13 +349,6 @@ def _ssd(B: int, T: int, H: int, P: int, N: int, G: int = 1, **more: int) -> Sha
 
 # Shapes that no launch option was chosen for: (name, operator, shape, dtype).
 GRID: list[tuple[str, str, Shape, torch.dtype]] = [
-    ("grid-ssd-p128-n16", "ssd", _ssd(4, 2039, 24, 128, 16), BF16),
-    ("grid-ssd-p32-n256-g8", "ssd", _ssd(4, 2039, 48, 32, 256, 8), BF16),
-    ("grid-ssd-p64-n64-g8", "ssd", _ssd(2, 4093, 112, 64, 64, 8), BF16),
-    ("grid-ssd-p128-n128", "ssd", _ssd(2, 4093, 112, 128, 128), BF16),
-    ("grid-ssd-p32-n64-short", "ssd", _ssd(2, 509, 48, 32, 64), BF16),
-    ("grid-ssd-100-documents", "ssd", _ssd(1, 16384, 48, 64, 128, documents=100), BF16),
-    ("grid-ssd-fp32", "ssd", _ssd(4, 2039, 24, 64, 128), FP32),
     ("grid-scan-prime", "selective_scan", {"B": 3, "T": 2039, "I": 1792, "N": 16}, BF16),
     ("grid-scan-n64", "selective_scan", {"B": 2, "T": 1021, "I": 2048, "N": 64}, BF16),
     ("grid-scan-fp32", "selective_scan", {"B": 4, "T": 2039, "I": 1536, "N": 16}, FP32),
@@ -380,8 +373,6 @@ GRID: list[tuple[str, str, Shape, torch.dtype]] = [
     ("gated-norm-1536", "gated_rms_norm", {"B": 8, "T": 2048, "I": 1536}, BF16),
     ("gated-norm-5120", "gated_rms_norm", {"B": 8, "T": 2048, "I": 5120}, BF16),
     ("grid-gated-norm-g8", "gated_rms_norm", {"B": 2, "T": 4093, "I": 8192, "G": 8}, BF16),
-]
-GRID += [
     ("add-norm-768", "add_rms_norm", {"B": 8, "T": 2048, "I": 768}, BF16),
     ("add-norm-2560", "add_rms_norm", {"B": 8, "T": 2048, "I": 2560}, BF16),
     ("loss-130m", "linear_cross_entropy", {"B": 8, "T": 2048, "D": 768, "V": 50288}, BF16),
@@ -394,4 +385,13 @@ GRID += [
 GRID += [
     (f"length-scan-{T}", "selective_scan", {"B": 1, "T": T, "I": 4096, "N": 16}, BF16)
     for T in (1024, 4096, 16384, 65536)
+]
+GRID += [
+    ("grid-ssd-p128-n16", "ssd", _ssd(4, 2039, 24, 128, 16), BF16),
+    ("grid-ssd-p32-n256-g8", "ssd", _ssd(4, 2039, 48, 32, 256, 8), BF16),
+    ("grid-ssd-p64-n64-g8", "ssd", _ssd(2, 4093, 112, 64, 64, 8), BF16),
+    ("grid-ssd-p128-n128", "ssd", _ssd(2, 4093, 112, 128, 128), BF16),
+    ("grid-ssd-p32-n64-short", "ssd", _ssd(2, 509, 48, 32, 64), BF16),
+    ("grid-ssd-100-documents", "ssd", _ssd(1, 16384, 48, 64, 128, documents=100), BF16),
+    ("grid-ssd-fp32", "ssd", _ssd(4, 2039, 24, 64, 128), FP32),
 ]

@@ -125,7 +125,9 @@ class Check:
         return found
 
 
-def measure(case: Case, run: Callable[[Inputs], Any], sets: list[Inputs]) -> dict[str, Any]:
+def measure(
+    case: Case, run: Callable[[Inputs], Any], sets: list[Inputs], seconds: float = 0.1
+) -> dict[str, Any]:
     """Wall and device time of the forward pass, and of forward and backward pass together."""
     names = OPERATORS[case.operator].gradients
     dys = [[torch.randn_like(y) for y in outputs(run(s))] for s in sets]
@@ -142,9 +144,9 @@ def measure(case: Case, run: Callable[[Inputs], Any], sets: list[Inputs]) -> dic
     if names:
         calls["fwdbwd"] = [functools.partial(both, s, d) for s, d in zip(sets, dys, strict=True)]
     for key, runs in calls.items():
-        found[f"{key}_wall_ms"] = common.wall_ms(runs[0])
+        found[f"{key}_wall_ms"] = common.wall_ms(runs[0], seconds)
         try:
-            found[f"{key}_device_ms"] = common.device_ms(runs)
+            found[f"{key}_device_ms"] = common.device_ms(runs, seconds)
         except RuntimeError as error:  # a peer that waits for the GPU cannot be captured
             torch.cuda.synchronize()
             found[f"{key}_device_ms"] = common.profiled_ms(runs[0])
@@ -211,7 +213,7 @@ def _spread(run: Callable[..., Any]) -> Callable[[Inputs], Any]:
     return call
 
 
-def bench(case: Case, only: set[str], output: Path) -> None:
+def bench(case: Case, only: set[str], output: Path, seconds: float = 0.1) -> None:
     """Check and time one case for every provider; print a line and write a record each."""
     operator = OPERATORS[case.operator]
     item = case.dtype.itemsize
@@ -232,7 +234,7 @@ def bench(case: Case, only: set[str], output: Path) -> None:
                 details["errors"] = {k: float(f"{v:.2g}") for k, v in errors.items()}
                 allowed = TOLERANCE if name == "ssm_hf" else PEER_TOLERANCE
                 if errors[worst] < allowed[case.dtype]:
-                    values = measure(case, run, laid_out)
+                    values = measure(case, run, laid_out, seconds)
                 else:
                     reason = f"wrong: relative error of {worst} is {errors[worst]:.2g}"
             except Exception as error:  # a provider that fails must not stop the others
@@ -315,7 +317,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=common.RESULTS / "ops.jsonl")
     parser.add_argument("--peer-choices", type=Path, default=common.RESULTS / "peer_choices.json")
     parser.add_argument("--seconds", type=float, default=220, help="start no case after this time")
-    parser.add_argument("--processes", type=int, default=min(16, os.cpu_count() or 1))
+    parser.add_argument("--processes", type=int, default=min(16, os.cpu_count() or 1),
+                        help="that compile beforehand; 0 = none")  # fmt: skip
+    parser.add_argument("--budget", type=float, default=0.05, help="seconds of each timing")
     parser.add_argument("--compile", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     began = time.perf_counter()
@@ -331,7 +335,8 @@ def main() -> None:
         return
     if not torch.cuda.is_available():
         sys.exit("these benchmarks need a GPU")
-    compile_all(sys.argv[1:], args.processes)
+    if args.processes:
+        compile_all(sys.argv[1:], args.processes)
     for operator in {c.operator for c in selected}:
         peers.load(operator)
     tuners = peers.Autotuners(args.peer_choices)
@@ -343,7 +348,8 @@ def main() -> None:
             left.append(case.name)
             continue
         try:
-            bench(case, set(filter(None, args.providers.split(","))), args.output)
+            only = set(filter(None, args.providers.split(",")))
+            bench(case, only, args.output, args.budget)
         except (AttributeError, RuntimeError) as error:  # out of memory, say: the others still run
             left.append(case.name)
             print(f"{case.name}: {type(error).__name__}: {str(error).splitlines()[0][:200]}")

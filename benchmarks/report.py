@@ -222,12 +222,12 @@ def correctness(records: list[Record]) -> str:
         v = found["ssm_hf"]["values"]
         largest = v["largest_error_over_bound"]
         rows.append([
-            case, str(v["rows"]), str(len(v["failures"])), f"{v['largest_fp32_error']:.1e}",
-            f"{largest['float32']:.2f}", f"{largest['bfloat16']:.2f}",
-            found["ssm_hf"]["device"]["name"],
+            case, str(v["rows"]), str(len(v["not_run"])), str(len(v["failures"])),
+            f"{v['largest_fp32_error']:.1e}", f"{largest['float32']:.2f}",
+            f"{largest['bfloat16']:.2f}", found["ssm_hf"]["device"]["name"],
         ])  # fmt: skip
-    head = ["operator", "rows", "failures", "largest fp32 error", "fp32 error / bound",
-            "bf16 error / bound", "GPU"]  # fmt: skip
+    head = ["operator", "rows", "not reached", "failures", "largest fp32 error",
+            "fp32 error / bound", "bf16 error / bound", "GPU"]  # fmt: skip
     return table(head, rows)
 
 

@@ -21,11 +21,12 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ from ssm_hf.ops.selective_scan import selective_scan_recurrent
 from ssm_hf.ops.ssd import ssd_recurrent
 from ssm_hf.ops.step_size import step_size
 from tests.helpers import relative_error
-from tests.ops.pairwise import Row
+from tests.ops.pairwise import FACTORS, Row
 
 Inputs = dict[str, Any]
 ROWS: list[Row] = json.loads(Path(__file__).with_name("grid.json").read_text())
@@ -384,28 +385,29 @@ def name_of(row: Row) -> str:
     return "-".join([*sizes, row["dtype"], row["packing"], *flags])
 
 
-def _jobs(args: argparse.Namespace) -> list[tuple[str, Row]]:
-    """Every row of every operator asked for, those that take longest first."""
-    words = args.only.split(",")
-    jobs = [(o, r) for o in OPERATORS if "" in words or o in words for r in [*ROWS, LONG]]
-    longest = {"ssd": 3, "selective_scan": 2, "causal_conv1d": 1}
-    # The definition takes a second for each thousand tokens of each row of the batch.
-    return sorted(jobs, key=lambda j: (-longest.get(j[0], 0), j[1]["T"] != SEQUENTIAL_UP_TO))
+def _jobs(only: str) -> list[tuple[str, Row]]:
+    """Every row of every operator asked for, operators in turn, the two dtypes in turn."""
+    words = only.split(",")
+    by_dtype = [[r for r in ROWS if r["dtype"] == d] for d in FACTORS["dtype"]]
+    rows = [r for pair in zip_longest(*by_dtype) for r in pair if r is not None]
+    return [(o, r) for r in [*rows, LONG] for o in OPERATORS if "" in words or o in words]
 
 
-def _part(args: argparse.Namespace) -> None:
-    """Check rows `start`, `start + processes`, ... and print one JSON line each.
+def _work(args: argparse.Namespace) -> None:
+    """Check rows that no other process has claimed, until time is up; print one JSON line each.
 
     A CUDA error leaves a process that can do nothing more: it ends with status 3.
     """
     device, began = torch.device("cuda"), time.perf_counter()
-    jobs = _jobs(args)
-    for number in range(args.start, len(jobs), args.processes):
+    for number, (operator, row) in enumerate(_jobs(args.only)):
         if time.perf_counter() - began > args.seconds:
             return
-        operator, row = jobs[number]
+        try:
+            (args.claims / str(number)).touch(exist_ok=False)
+        except FileExistsError:
+            continue
         start = time.perf_counter()
-        result: dict[str, Any] = {"number": number, "operator": operator, "row": row}
+        result: dict[str, Any] = {"operator": operator, "row": row}
         try:
             result["values"] = check(operator, row, device)
             torch.cuda.synchronize()
@@ -418,20 +420,59 @@ def _part(args: argparse.Namespace) -> None:
         torch.cuda.empty_cache()
 
 
-def _run_part(part: int, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Results of one share of the rows; after a CUDA error a new process goes on."""
+def _run_worker(args: argparse.Namespace, claims: str) -> list[dict[str, Any]]:
+    """Results of one process; after a CUDA error a new one goes on."""
     results: list[dict[str, Any]] = []
-    began, start = time.perf_counter(), part
+    began = time.perf_counter()
     while True:
         left = args.seconds - (time.perf_counter() - began)
-        options = {"only": args.only, "seconds": left, "processes": args.processes, "start": start}
-        command = [sys.executable, "-m", "tests.ops.grid"]
-        command += [f"--{name}={value}" for name, value in options.items()]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        results += [json.loads(line) for line in done.stdout.splitlines()]
-        if done.returncode != 3:
+        command = [sys.executable, "-m", "tests.ops.grid", f"--only={args.only}"]
+        command += [f"--seconds={left}", f"--claims={claims}"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                results.append(json.loads(line))
+                print(_told(results[-1]), flush=True)
+        if process.returncode != 3:
             return results
-        start = results[-1]["number"] + args.processes
+
+
+def _bad(result: dict[str, Any]) -> list[str]:
+    """What is wrong with a row; NaN is."""
+    if "failure" in result:
+        return [result["failure"]]
+    return [
+        f"{name} {v['error']:.2e} > {v['bound']:.2e}"
+        for name, v in result["values"].items()
+        if not v["error"] <= v["bound"]
+    ]
+
+
+def _told(result: dict[str, Any]) -> str:
+    said = "; ".join(_bad(result))
+    if not said:
+        values = result["values"].items()
+        name, v = max(values, key=lambda item: item[1]["error"] / (item[1]["bound"] or 1.0))
+        said = f"ok, {name} {v['error']:.1e} of {v['bound']:.1e}"
+    return f"{result['operator']} {name_of(result['row'])} {result['seconds']:.0f} s: {said}"
+
+
+def summary(operator: str, results: list[dict[str, Any]], jobs: list[tuple[str, Row]]) -> Inputs:
+    """Rows, failures, rows not reached, and the largest errors of one operator."""
+    mine = [r for r in results if r["operator"] == operator]
+    done = {name_of(r["row"]) for r in mine}
+    checked = [(r["row"]["dtype"], v) for r in mine for v in r.get("values", {}).values()]
+    return {
+        "rows": len(mine),
+        "failures": [f"{name_of(r['row'])}: {'; '.join(_bad(r))}" for r in mine if _bad(r)],
+        "not_run": [name_of(row) for o, row in jobs if o == operator and name_of(row) not in done],
+        "largest_error_over_bound": {
+            dtype: max((round(v["error"] / (v["bound"] or 1.0), 3) for d, v in checked
+                        if d == dtype), default=0.0)
+            for dtype in FACTORS["dtype"]
+        },
+        "largest_fp32_error": max((v["error"] for d, v in checked if d == "float32"), default=0.0),
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -442,51 +483,23 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=16)
     parser.add_argument("--output", type=Path, default=common.RESULTS / "correctness.jsonl")
     parser.add_argument("--seconds", type=float, default=600, help="start no row after this time")
-    parser.add_argument("--start", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--claims", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.start is not None:
-        _part(args)
+    if args.claims is not None:
+        _work(args)
         return
-    began = time.perf_counter()
-    with ThreadPoolExecutor(args.processes) as pool:
-        parts = pool.map(functools.partial(_run_part, args=args), range(args.processes))
-        results = [r for part in parts for r in part]
-    slow = ", ".join(
-        f"{r['operator']} {name_of(r['row'])} {r['seconds']:.0f} s"
-        for r in sorted(results, key=lambda r: -r["seconds"])[:5]
-    )
-    print(f"{len(results)} of {len(_jobs(args))} checks in {time.perf_counter() - began:.0f} s")
-    print(f"slowest: {slow}")
-    failed = False
-    for operator in OPERATORS:
-        mine = [r for r in results if r["operator"] == operator]
-        if not mine:
-            continue
-        worst = {"float32": 0.0, "bfloat16": 0.0}
-        failures = [f"{name_of(r['row'])}: {r['failure']}" for r in mine if "failure" in r]
-        for r in mine:
-            for name, v in r.get("values", {}).items():
-                if v["bound"]:
-                    worst[r["row"]["dtype"]] = max(
-                        worst[r["row"]["dtype"]], v["error"] / v["bound"]
-                    )
-                if not v["error"] <= v["bound"]:
-                    bad = f"{name} {v['error']:.2e} > {v['bound']:.2e}"
-                    failures.append(f"{name_of(r['row'])}: {bad}")
-        summary = {
-            "rows": len(mine),
-            "failures": failures,
-            "largest_error_over_bound": {k: round(v, 3) for k, v in worst.items()},
-            "largest_fp32_error": max(
-                (v["error"] for r in mine if r["row"]["dtype"] == "float32"
-                 for v in r.get("values", {}).values()), default=0.0,
-            ),
-        }  # fmt: skip
-        common.append(args.output, common.record("correctness", operator, "ssm_hf", summary))
-        print(f"{operator}: {len(mine)} rows, {len(failures)} failures, error/bound {worst}")
-        print(*(f"  {f}" for f in failures[:40]), sep="\n")
-        failed = failed or bool(failures)
-    sys.exit(1 if failed or len(results) != len(_jobs(args)) else 0)
+    began, jobs = time.perf_counter(), _jobs(args.only)
+    with tempfile.TemporaryDirectory() as claims, ThreadPoolExecutor(args.processes) as pool:
+        run = functools.partial(_run_worker, args)
+        results = [r for part in pool.map(run, [claims] * args.processes) for r in part]
+    print(f"{len(results)} of {len(jobs)} rows in {time.perf_counter() - began:.0f} s")
+    failed = len(results) < len(jobs)
+    for operator in dict(jobs):
+        values = summary(operator, results, jobs)
+        common.append(args.output, common.record("correctness", operator, "ssm_hf", values))
+        failed = failed or bool(values["failures"])
+        print(f"{operator}: {json.dumps(values)}", flush=True)
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":
