@@ -56,6 +56,7 @@ def assert_compiled_equals_eager(
         assert relative_error(grad, right) < tolerance, name
 
 
+@pytest.mark.slow
 @each_type
 def test_torch_path_is_one_graph(model_type: str) -> None:
     assert_compiled_equals_eager(model_type, "position_ids", "reference", "aot_eager", bf16=True)
@@ -75,7 +76,10 @@ def only_traced(names: set[str]):
         )
 
         def run(*_: Tensor) -> list[Tensor | None]:
-            return [v if v is None else torch.zeros(v.shape, dtype=v.dtype) for v in values]
+            return [
+                v if v is None else torch.zeros(v.shape, dtype=v.dtype, device=v.device)
+                for v in values
+            ]
 
         return make_boxed_func(run)
 
@@ -87,15 +91,17 @@ def only_traced(names: set[str]):
 def test_kernels_are_one_graph(model_type: str, kind: str) -> None:
     names: set[str] = set()
     torch._dynamo.reset()
-    model = CLASSES[model_type](tiny(model_type, num_hidden_layers=1)).train()
+    device = kernel_device()
+    model = CLASSES[model_type](tiny(model_type, num_hidden_layers=1)).train().to(device)
     compiled = torch.compile(model, fullgraph=True, backend=only_traced(names), dynamic=False)
-    given = {name: value.cpu() for name, value in facts(kind).items()}
+    ids = torch.zeros(2, LENGTH, dtype=torch.long, device=device)
     with ssm_hf.implementation("triton"):
-        loss_and_gradients(model, compiled, torch.zeros(2, LENGTH, dtype=torch.long), True, **given)
+        loss_and_gradients(model, compiled, ids, True, return_logits=False, **facts(kind))
     scan = {"mamba": "selective_scan", "mamba2": "ssd"}[model_type]
     for operator in (scan, "causal_conv1d", "rms_norm"):
         assert any(name.startswith(f"{operator}_") and "bwd" not in name for name in names), names
         assert any(name.startswith(f"{operator}_bwd") for name in names), names
+    assert any(name.startswith("linear_cross_entropy") for name in names), names
 
 
 @pytest.mark.gpu
