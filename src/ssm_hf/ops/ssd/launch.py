@@ -399,6 +399,8 @@ def _states_of_chunks(
     wanted = options.pop("PROGRAMS")
     blocks = -(-k.head_dim // options["BLOCK_P"]) * -(-k.states // options["BLOCK_N"])
     segments = _segments(k, 2 * k.rows * k.heads * blocks, wanted)
+    # Both passes walk a segment: two segments take as long as the whole row at once.
+    segments = segments if segments > 2 else 1
     backward, totals = (dy, C, z, mask), None
     if segments > 1:
         totals = (*_totals(k, segments), *_totals(k, segments))
