@@ -25,14 +25,16 @@ class RecurrentLayer:
 
     Args:
         record_window: tokens of a long call whose inputs are kept for `crop`.
+        state_dtype: of the states other than the convolution's inputs; None = as computed.
     """
 
     is_compileable = False  # generate() must not wrap the forward pass in torch.compile on its own
     supports_early_init = False
     is_sliding = False
 
-    def __init__(self, record_window: int = 256) -> None:
+    def __init__(self, record_window: int = 256, state_dtype: torch.dtype | None = None) -> None:
         self.state: State = {}
+        self.state_dtype = state_dtype
         self.record_past = False
         self.record_window = record_window
         self._home: torch.device | None = None
@@ -75,8 +77,9 @@ class RecurrentLayer:
 
     def write(self, state: State) -> None:
         """Replace the state: in place where tensors exist, by reference where gradients flow."""
-        for name, new in state.items():
-            old = self.state.get(name)
+        for name, computed in state.items():
+            dtype = computed.dtype if name == "conv_state" else self.state_dtype
+            new, old = computed.to(dtype or computed.dtype), self.state.get(name)
             if new.requires_grad or (old is not None and old.requires_grad):
                 self.state[name] = new
             elif old is None or old.shape != new.shape or old.device != new.device:
@@ -226,13 +229,27 @@ class RecurrentCache(Cache):
     Args:
         config: model config; its `num_hidden_layers` layers are all recurrent.
         record_window: tokens of a prompt that `crop` can take back once past recording is on.
+        state_dtype: in which the scans' states are kept between calls; None = fp32 or wider. With
+            `torch.bfloat16` a decoding step moves half the memory, and rounds the state each time.
+
+    Raises:
+        ValueError: `state_dtype` is not a floating-point dtype.
     """
 
     layers: list[RecurrentLayer]  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    def __init__(self, config: PreTrainedConfig, *, record_window: int = 256) -> None:
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        *,
+        record_window: int = 256,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        if state_dtype is not None and not state_dtype.is_floating_point:
+            raise ValueError(f"state_dtype must be a floating-point dtype, got {state_dtype}")
         self.seen_tokens = 0
-        layers = [RecurrentLayer(record_window) for _ in range(config.num_hidden_layers)]  # pyright: ignore[reportAttributeAccessIssue]
+        count: int = config.num_hidden_layers  # pyright: ignore[reportAttributeAccessIssue]
+        layers = [RecurrentLayer(record_window, state_dtype) for _ in range(count)]
         super().__init__(layers=layers)  # pyright: ignore[reportArgumentType]
 
     @classmethod
@@ -240,7 +257,7 @@ class RecurrentCache(Cache):
         """An empty cache with as many layers."""
         empty = cls.__new__(cls)
         empty.seen_tokens = 0
-        layers = [RecurrentLayer(layer.record_window) for layer in cache.layers]
+        layers = [RecurrentLayer(x.record_window, x.state_dtype) for x in cache.layers]
         Cache.__init__(empty, layers=layers)  # pyright: ignore[reportArgumentType]
         return empty
 

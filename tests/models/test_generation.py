@@ -246,6 +246,24 @@ def test_snapshot_restores_a_cache_any_number_of_times(model: PreTrainedModel) -
 
 
 @torch.no_grad()
+def test_cache_keeps_states_in_the_dtype_asked_for(model: PreTrainedModel) -> None:
+    ids = _ids(2, 9)
+    cache = RecurrentCache(model.config, state_dtype=torch.bfloat16)
+    logits = [model(part, past_key_values=cache).logits[:, -1] for part in ids.split([5, 1, 3], 1)]
+    assert cache.layers[0].state["ssm_state"].dtype == torch.bfloat16
+    assert cache.layers[0].state["conv_state"].dtype == torch.float32
+    # The state of each layer is rounded to 8 bits three times.
+    expected = model(ids).logits[:, -1]
+    assert (logits[-1] - expected).abs().max() < 0.03 * expected.abs().max()
+    cache = RecurrentCache(model.config, state_dtype=torch.bfloat16)
+    mask = torch.ones_like(ids)
+    out = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=5)
+    assert out.shape == (2, 14)
+    with pytest.raises(ValueError, match=r"floating-point dtype, got torch\.int32"):
+        RecurrentCache(model.config, state_dtype=torch.int32)
+
+
+@torch.no_grad()
 def test_cache_reset_starts_a_sequence(model: PreTrainedModel) -> None:
     ids = _ids(2, 5)
     cache = model(_ids(2, 9)).past_key_values

@@ -133,7 +133,7 @@ class Mamba1Mixer(Mixer):
         low, B, C = self.x_proj(hidden).split(
             [self.time_step_rank, self.state_size, self.state_size], dim=-1
         )
-        # A scan adds the bias as it reads; a projection with an adapter or a hook is called as it is.
+        # A scan adds the bias as it reads; a projection that carries anything is called as it is.
         if all_plain(self.dt_proj):
             dt, dt_bias = self.dt_proj(low, add_bias=False), self.dt_proj.bias
         else:

@@ -78,7 +78,7 @@ class Mixer(nn.Module):
             return None, {}
         layer = past_key_values.layers[self.layer_idx]
         shapes = self.state_shapes(x.shape[0])
-        wide = compute_dtype(x)
+        wide = layer.state_dtype or compute_dtype(x)
         dtypes = {name: x.dtype if name == "conv_state" else wide for name in shapes}
         return layer, layer.read(shapes, dtypes)
 
