@@ -38,11 +38,20 @@ def why_unsupported(A: Tensor, *others: Tensor | None) -> str | None:
 
 
 def _options(kernel: str, device: torch.device, channels: int, states: int) -> dict[str, Any]:
-    """Launch options; STATES is the number of states a program owns, shared out over channels."""
+    """Launch options and block sizes.
+
+    STATES is what a program owns at N = 16. With more states a program has more warps, up to 8, and
+    only then fewer channels: the shares of B's gradient are as many as there are channel blocks.
+    """
     options: dict[str, Any] = dict(tuned(kernel, "default", device))
+    owned = options.pop("STATES")
+    a_warp = owned // options["num_warps"]
     block_n = 1 << (states - 1).bit_length()
-    block_e = min(options.pop("STATES") // block_n, 1 << (channels - 1).bit_length())
-    return {**options, "BLOCK_N": block_n, "BLOCK_E": max(block_e, 1)}
+    block_e = max(owned // 16, a_warp // block_n)
+    warps = min(max(block_e * block_n // a_warp, 1), 8)
+    block_e = max(min(warps * a_warp // block_n, 1 << (channels - 1).bit_length()), 1)
+    warps = max(block_e * block_n // a_warp, 1)
+    return {**options, "BLOCK_N": block_n, "BLOCK_E": block_e, "num_warps": warps}
 
 
 def _rows(v: Tensor) -> Tensor:
