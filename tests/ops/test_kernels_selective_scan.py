@@ -76,9 +76,11 @@ def _assert_equal_to_torch(
         assert relative_error(value, expected[name]) < tolerance, name
 
 
-@pytest.mark.parametrize(("length", "states"), [(1, 3), (8, 16), (13, 5)])
-def test_kernels_equal_torch(length: int, states: int) -> None:
-    _assert_equal_to_torch(_draw(2, length, 5, states))
+@pytest.mark.parametrize(
+    ("batch", "length", "states"), [(1, 1, 3), (2, 1, 3), (2, 8, 16), (2, 13, 5)]
+)
+def test_kernels_equal_torch(batch: int, length: int, states: int) -> None:
+    _assert_equal_to_torch(_draw(batch, length, 5, states))
 
 
 def test_kernels_keep_states_of_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,8 @@ def selective_scan_bwd_kernel(
     dx_ptr,
     ddt_ptr,
     dz_ptr,
-    dBC_ptr,
+    dB_ptr,
+    dC_ptr,
     dA_ptr,
     dD_ptr,
     dbias_ptr,
@@ -80,8 +81,8 @@ def selective_scan_bwd_kernel(
     note the state before each tile in scratch (BLOCK_F tokens at a time), once on the way back
     (BLOCK_T at a time).
 
-    dBC (blocks, tokens, 2, N) and dA (rows * segments, E, N), dD and dbias (rows * segments, E)
-    are each program's share, to be summed over the first axis.
+    dB, dC (blocks, tokens, N), dA (rows * segments, E, N), dD, dbias (rows * segments, E) receive
+    each program's share, to be summed over the first axis.
     """
     blocks = tl.cdiv(E, BLOCK_E)
     block = tl.program_id(0) % blocks
@@ -258,9 +259,9 @@ def selective_scan_bwd_kernel(
             tl.store(dx_ptr + out, D[None, :] * dy + delta * du, mask=inside)
             dD += dy * x
             dbias += ddelta
-            share = ((block.to(tl.int64) * tokens + first + at) * 2)[:, None] * N + n[None, :]
-            tl.store(dBC_ptr + share, dB, mask=inside_n)
-            tl.store(dBC_ptr + share + N, dC, mask=inside_n)
+            share = (block.to(tl.int64) * tokens + first + at)[:, None] * N + n[None, :]
+            tl.store(dB_ptr + share, dB, mask=inside_n)
+            tl.store(dC_ptr + share, dC, mask=inside_n)
         tl.debug_barrier()
 
     tl.store(dA_ptr + place.to(tl.int64) * size + en, dA, mask=in_en)

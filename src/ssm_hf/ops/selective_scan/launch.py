@@ -291,24 +291,19 @@ def _backward(
             CHUNK=CHUNK,
             **options,
         )
-    dBC = dBC.sum(0)
     given = (
         (dx, x),
         (ddt, dt),
         (dA.sum(0), A),
-        (dBC[:, :, 0], B),
-        (dBC[:, :, 1], C),
+        # Summed apart: outputs of an operator must not share memory, as slices of one sum would.
+        (dBC[:, :, :, 0].sum(0), B),
+        (dBC[:, :, :, 1].sum(0), C),
         (None if dD is None else dD.sum(0), D),
         (dz, z),
         (None if dbias is None else dbias.sum(0), dt_bias),
         (dinitial, initial_state),
     )
-    return [x.new_empty(0) if g is None or of is None else _copy_to(g, of.dtype) for g, of in given]
-
-
-def _copy_to(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """Contiguous, in the input's dtype: outputs of an operator must not share memory."""
-    return grad.to(dtype).contiguous()
+    return [x.new_empty(0) if g is None or of is None else g.to(of.dtype) for g, of in given]
 
 
 @_backward.register_fake
