@@ -68,7 +68,11 @@ class GraphedPass:
         torch._foreach_div_(self.gradients(), float(torch.distributed.get_world_size()))
 
     def _prepare(self, batch: Batch, share: Tensor) -> None:
-        """Compile and load all kernels, then capture the pass that writes the gradients."""
+        """Compile and load all kernels, then capture the pass that writes the gradients.
+
+        Raises:
+            RuntimeError: a replay does not give what the pass gives outside of a graph.
+        """
         self._batch = {name: value.clone() for name, value in batch.items()}
         self._share = share.clone()
         stream = torch.cuda.Stream()
@@ -76,13 +80,30 @@ class GraphedPass:
         with torch.cuda.stream(stream):
             with ssm_hf.compile_ahead():
                 self._run(self._batch, self._share)
-            self._run(self._batch, self._share)
+            self._forget_gradients()
+            expected = self._summary(self._run(self._batch, self._share))
         torch.cuda.current_stream().wait_stream(stream)
-        for p in self._parameters:
-            p.grad = None
+        self._forget_gradients()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # the graphs' memory comes on top of what these runs have left
-        self._graphs[True] = self._captured()
+        graph, loss = self._graphs[True] = self._captured()
+        graph.replay()
+        got = self._summary(loss)
+        # Roundings to 8 bits, and sums whose order may differ.
+        if not torch.allclose(got, expected, rtol=2e-2, equal_nan=True):
+            raise RuntimeError(
+                f"the captured pass gives loss and gradient norm {got.tolist()}, the same pass "
+                f"outside of the graph {expected.tolist()}; run without a graph"
+            )
+
+    def _summary(self, loss: Tensor) -> Tensor:
+        """Loss and gradient norm, (2,)."""
+        norm = torch.stack(torch._foreach_norm(self.gradients())).norm()
+        return torch.stack([loss.to(norm), norm])
+
+    def _forget_gradients(self) -> None:
+        for p in self._parameters:
+            p.grad = None
 
     def _captured(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """A graph that writes the gradients where there are none yet, else adds to them."""
