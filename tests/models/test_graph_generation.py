@@ -96,7 +96,7 @@ def _uncaptured(model: PreTrainedModel) -> Iterator[None]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("batch", [1, 3, 9])
+@pytest.mark.parametrize("batch", [1, 9])
 def test_greedy_tokens_equal_whole_forward_passes(model: PreTrainedModel, batch: int) -> None:
     ids = _ids(batch, 9)
     out = _generate(model, ids, max_new_tokens=20)
@@ -128,9 +128,8 @@ def _an_eos(model: PreTrainedModel, ids: Tensor, step: int) -> int:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("sample", [False, True])
-@pytest.mark.parametrize("visible", [False, True])
-@pytest.mark.parametrize("step", [0, 1, 4, 6])
+@pytest.mark.parametrize(("visible", "sample"), [(False, False), (True, True), (True, False)])
+@pytest.mark.parametrize("step", [0, 5])
 def test_ended_rows_are_padded_and_the_surplus_leaves_no_trace(
     model: PreTrainedModel, step: int, visible: bool, sample: bool
 ) -> None:
@@ -260,7 +259,7 @@ def test_a_cache_of_another_batch_size_is_refused(model: PreTrainedModel) -> Non
 
 @torch.no_grad()
 def test_batch_sizes_may_change_between_calls(model: PreTrainedModel) -> None:
-    for batch in (1, 4, 1, 2, 12, 4, 1, 5, 6, 1):
+    for batch in (1, 4, 1, 2, 12, 5, 1):
         ids = _ids(batch, 4)
         expected = _generate(model, ids, max_new_tokens=6, use_cache=False)
         assert torch.equal(_generate(model, ids, max_new_tokens=6), expected)
