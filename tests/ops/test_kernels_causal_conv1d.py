@@ -17,6 +17,11 @@ SINGLE = 1e-6
 PIECES = {"SEGMENTS": 4, "ROWS": 2, "STEPS": 2, "BLOCK_C": 16}
 
 
+def slow(*values: Any) -> Any:
+    """Parameters of the full grid: the interpreter needs seconds for each."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     tuned = launch.tuned
@@ -81,7 +86,8 @@ def _assert_same(
 
 
 @pytest.mark.parametrize(
-    ("taps", "length"), [(1, 9), (2, 1), (3, 21), (4, 1), (4, 2), (4, 21), (8, 4), (8, 18)]
+    ("taps", "length"),
+    [(1, 9), (2, 1), (4, 2), (4, 21), slow(3, 21), slow(4, 1), slow(8, 4), slow(8, 18)],
 )
 def test_conv_kernel_equals_torch(taps: int, length: int) -> None:
     _assert_same(_leaves(2, length, 5, taps))
@@ -93,7 +99,7 @@ def test_conv_kernel_with_several_blocks_of_channels() -> None:
 
 @pytest.mark.parametrize("without", ["bias", "initial_state", "activation", "use_state"])
 def test_conv_kernel_without_an_option(without: str) -> None:
-    leaves = _leaves(2, 17, 5, 4)
+    leaves = _leaves(1, 9, 5, 4)
     options: dict[str, Any] = {"activation": "silu"}
     if without == "activation":
         options["activation"] = None
@@ -123,22 +129,25 @@ def _numbers(batch: int, length: int, often: float) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("kind", "length"), [("left", 20), ("right", 20), ("middle", 20), ("middle", 2)]
+    ("kind", "length"),
+    [("left", 14), ("middle", 14), slow("right", 20), slow("middle", 2)],
 )
 def test_conv_kernel_skips_pads(kind: str, length: int) -> None:
     _assert_same(_leaves(4, length, 5, 4), mask=_mask(kind, 4, length))
 
 
-@pytest.mark.parametrize("often", [0.05, 0.5])
-@pytest.mark.parametrize("state", [True, False])
+@pytest.mark.parametrize(
+    ("often", "state"), [(0.2, True), slow(0.05, True), slow(0.5, True), slow(0.5, False)]
+)
 def test_conv_kernel_keeps_packed_documents_apart(often: float, state: bool) -> None:
-    leaves = _leaves(2, 21, 5, 4)
+    leaves = _leaves(2, 14, 5, 4)
     if not state:
         leaves["initial_state"] = None
-    _assert_same(leaves, seq_idx=_numbers(2, 21, often))
-    _assert_same(leaves, seq_idx=_numbers(2, 21, often).int(), mask=_mask("middle", 3, 21)[1:])
+    _assert_same(leaves, seq_idx=_numbers(2, 14, often))
+    _assert_same(leaves, seq_idx=_numbers(2, 14, often).int(), mask=_mask("middle", 3, 14)[1:])
 
 
+@pytest.mark.slow
 def test_conv_kernel_breaks_between_any_tokens() -> None:
     # Every pattern of breaks among the first tokens, and so among the last.
     patterns = torch.cartesian_prod(*[torch.tensor([0, 1])] * 3)
@@ -146,8 +155,9 @@ def test_conv_kernel_breaks_between_any_tokens() -> None:
     _assert_same(_leaves(8, 4, 3, 4), seq_idx=seq_idx)
 
 
-@pytest.mark.parametrize("state", [True, False])
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    ("state", "padded"), [(True, True), slow(True, False), slow(False, True), slow(False, False)]
+)
 def test_conv_kernel_has_a_state_per_document(state: bool, padded: bool) -> None:
     # Empty documents at the ends and inside, and some shorter than the window.
     offsets = [0, 0, 3, 3, 4, 5, 16, 18, 24, 24]
@@ -164,7 +174,7 @@ def test_conv_kernel_has_a_state_per_document(state: bool, padded: bool) -> None
     _assert_same(leaves, cu_seqlens=cu_seqlens.int(), mask=mask, use_state=False)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, slow(torch.float16)])
 def test_conv_kernel_takes_each_tensor_in_its_dtype(dtype: torch.dtype) -> None:
     leaves = _leaves(1, 9, 5, 4)
     leaves["x"] = _leaf(1, 9, 5, dtype=dtype)
