@@ -249,7 +249,7 @@ def _backward(
     wide: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
     dx, ddt = x.new_empty(x.shape), dt.new_empty(dt.shape)
     dz = None if z is None else z.new_empty(z.shape)
-    dBC = torch.empty(blocks, batch, length, 2, states, **wide)
+    dB, dC = (torch.empty(blocks, batch, length, states, **wide) for _ in range(2))
     dA = torch.empty(rows * segments, inner, states, **wide)
     dD = None if D is None else torch.empty(rows * segments, inner, **wide)
     dbias = None if dt_bias is None else torch.empty(rows * segments, inner, **wide)
@@ -276,7 +276,8 @@ def _backward(
             dx,
             ddt,
             dz,
-            dBC,
+            dB,
+            dC,
             dA,
             dD,
             dbias,
@@ -295,9 +296,8 @@ def _backward(
         (dx, x),
         (ddt, dt),
         (dA.sum(0), A),
-        # Summed apart: outputs of an operator must not share memory, as slices of one sum would.
-        (dBC[:, :, :, 0].sum(0), B),
-        (dBC[:, :, :, 1].sum(0), C),
+        (dB.sum(0), B),
+        (dC.sum(0), C),
         (None if dD is None else dD.sum(0), D),
         (dz, z),
         (None if dbias is None else dbias.sum(0), dt_bias),
