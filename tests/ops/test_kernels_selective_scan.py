@@ -85,18 +85,18 @@ def test_kernels_equal_torch(batch: int, length: int, states: int) -> None:
 
 def test_kernels_keep_states_of_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "CHUNK", CHUNK)
-    _assert_equal_to_torch(_draw(1, 2 * LENGTH, 3, 2))
+    _assert_equal_to_torch(_draw(1, 2 * LENGTH, 2, 2))
 
 
 @pytest.mark.parametrize("absent", ["D", "z", "dt_bias", "initial_state"])
 def test_kernels_without_an_optional_input(absent: str) -> None:
-    inputs = _draw(1, 6, 3, 4)
+    inputs = _draw(1, 3, 3, 4)
     del inputs[absent]
     _assert_equal_to_torch(inputs)
 
 
 def test_kernels_take_step_sizes_as_they_are() -> None:
-    inputs = _draw(1, 6, 3, 4)
+    inputs = _draw(1, 3, 3, 4)
     leaves = ("x", "A", "B", "C")
     plain = {n: inputs[n] for n in leaves} | {"dt": inputs["dt"].abs()}
     results = []
@@ -109,12 +109,12 @@ def test_kernels_take_step_sizes_as_they_are() -> None:
 
 
 def test_kernels_limit_step_sizes() -> None:
-    _assert_equal_to_torch(_draw(1, 12, 6, 4), dt_limit=(0.3, 1.5))
+    _assert_equal_to_torch(_draw(1, 5, 6, 4), dt_limit=(0.3, 1.5))
 
 
 @pytest.mark.parametrize(
     ("packed", "padded", "segments"),
-    [(False, False, 3), (True, False, 1), (False, True, 1), (True, True, 1), (True, True, 3)],
+    [(False, False, 3), (True, False, 1), (False, True, 1), (True, True, 3)],
 )
 def test_kernels_with_padding_and_packing(
     packed: bool, padded: bool, segments: int, monkeypatch: pytest.MonkeyPatch
@@ -130,10 +130,9 @@ def test_kernels_with_padding_and_packing(
     _assert_equal_to_torch(_draw(2, LENGTH, 3, 4), **options)
 
 
-@pytest.mark.parametrize("segments", [1, 2])
-def test_kernels_keep_a_state_per_document(segments: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_keep_a_state_per_document(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "CHUNK", CHUNK)
-    monkeypatch.setattr(launch, "_segments", lambda *_: segments)
+    monkeypatch.setattr(launch, "_segments", lambda *_: 2)
     offsets = [0, 1, 1, LENGTH, LENGTH + 2]  # an empty document among them
     cu_seqlens = torch.tensor(offsets, device=DEVICE, dtype=torch.int32)
     inputs = _draw(1, offsets[-1], 3, 4, rows=len(offsets) - 1)
@@ -146,11 +145,11 @@ def test_kernels_round_half_precision_once(dtype: torch.dtype) -> None:
     # y's gradient and every result are rounded once: half a unit in the last place each, or a whole
     # one in the interpreter, which truncates to bf16.
     unit = torch.finfo(dtype).eps
-    _assert_equal_to_torch(_draw(1, 12, 3, 4), tolerance=2 * unit, dtype=dtype)
+    _assert_equal_to_torch(_draw(1, 4, 3, 4), tolerance=2 * unit, dtype=dtype)
 
 
 def test_kernels_take_views_and_mixed_dtypes() -> None:
-    inputs = _draw(2, 9, 4, 3)
+    inputs = _draw(2, 3, 4, 3)
     wide = torch.cat([inputs["x"], inputs["z"]], dim=-1).float().requires_grad_()
     low = torch.cat([inputs["dt"], inputs["B"], inputs["C"]], dim=-1).half().requires_grad_()
     A = inputs["A"].float()
@@ -171,14 +170,14 @@ def test_kernels_take_views_and_mixed_dtypes() -> None:
 
 
 def test_kernels_repeat_exactly() -> None:
-    inputs = _draw(1, 10, 5, 4)
+    inputs = _draw(1, 4, 5, 4)
     first, second = (_results(inputs, "triton", torch.float32, {}) for _ in range(2))
     for name, value in first.items():
         assert torch.equal(value, second[name])
 
 
 def test_kernels_compile_without_graph_breaks() -> None:
-    inputs = {n: v.float().requires_grad_() for n, v in _draw(1, 6, 3, 4).items()}
+    inputs = {n: v.float().requires_grad_() for n, v in _draw(1, 3, 3, 4).items()}
 
     def run(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         return selective_scan(**inputs, dt_softplus=True, return_final_state=True, impl="triton")
