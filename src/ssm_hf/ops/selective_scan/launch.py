@@ -37,13 +37,16 @@ def why_unsupported(A: Tensor, *others: Tensor | None) -> str | None:
     return unsupported_dtypes(A, *others)
 
 
-def _options(kernel: str, device: torch.device, channels: int, states: int) -> dict[str, Any]:
-    """Launch options and block sizes.
+def _options(kernel: str, rows: int, x: Tensor, states: int) -> dict[str, Any]:
+    """Launch options and block sizes, for "few" or "many" channels to a multiprocessor.
 
     STATES is what a program owns at N = 16. With more states a program has more warps, up to 8, and
     only then fewer channels: the shares of B's gradient are as many as there are channel blocks.
     """
-    options: dict[str, Any] = dict(tuned(kernel, "default", device))
+    channels = x.shape[2]
+    a_processor = rows * channels // processors(x.device)
+    size = "few" if a_processor < 64 else "many" if a_processor >= 192 else "default"
+    options: dict[str, Any] = dict(tuned(kernel, size, x.device))
     owned = options.pop("STATES")
     a_warp = owned // options["num_warps"]
     block_n = 1 << (states - 1).bit_length()
@@ -116,7 +119,7 @@ def _carries(
     if segments == 1:
         return None
     inner, states = A.shape
-    options = _options("selective_scan_carry", v.device, inner, states)
+    options = _options("selective_scan_carry", rows, v, states)
     carry = A.new_empty(rows, segments, 2, inner, states, dtype=torch.float32)
     _carry_kernel[(rows * segments * -(-inner // options["BLOCK_E"]),)](
         v,
@@ -167,7 +170,7 @@ def _forward(
     """-> y, final state (rows, I, N) and, with `save`, the state before every chunk of tokens."""
     y, final, saved = _outputs(x, A, cu_seqlens, save)
     rows, inner, states = final.shape
-    options = _options("selective_scan_fwd", x.device, inner, states)
+    options = _options("selective_scan_fwd", rows, x, states)
     segments = _segments(rows, x, options, options.pop("FULL"), options.pop("FILL"))
     limits = _limits(dt_softplus, lowest, highest)
     x, dt, B, C = (_rows(v) for v in (x, dt, B, C))
@@ -236,7 +239,7 @@ def _backward(
     batch, length, inner = x.shape
     states = A.shape[1]
     rows = _number_of_rows(x, cu_seqlens)
-    options = _options("selective_scan_bwd", x.device, inner, states)
+    options = _options("selective_scan_bwd", rows, x, states)
     segments = _segments(rows, x, options, options.pop("FULL"), options.pop("FILL"))
     limits = _limits(dt_softplus, lowest, highest)
     dy, x, dt, B, C = (_rows(v) for v in (dy, x, dt, B, C))
