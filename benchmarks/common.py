@@ -68,16 +68,20 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def commit() -> str:
-    """The commit, or, in a copy without its history, a hash of the package's sources."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    git = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if git.returncode == 0:
-        return git.stdout.strip()
+    """The commit; where the sources differ from it, or without a history, their hash too."""
+
+    def git(*arguments: str) -> str | None:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    head = git("rev-parse", "--short", "HEAD")
+    if head is not None and git("status", "--porcelain", "--", "src") == "":
+        return head
     digest = hashlib.sha256()
     for path in sorted((ROOT / "src").rglob("*")):
         if path.suffix in (".py", ".json"):
             digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
-    return f"sources:{digest.hexdigest()[:12]}"
+    return f"{head or 'no commit'} + sources {digest.hexdigest()[:12]}"
 
 
 def command() -> str:

@@ -8,7 +8,8 @@ expected:
 
 fp32 (tf32 off): 1e-5, or twice the torch path's own error in fp32 where that is larger than 5e-6:
     a gradient that is the small difference of large terms has no more digits in fp32.
-bf16, values stored in bf16: twice the error of the torch path fed the same bf16 inputs.
+bf16, values stored in bf16: twice the error of the torch path fed the same bf16 inputs (of fewer
+    than 64 values, at least twice what rounding them is expected to cost).
 bf16, values stored in fp32 (weight gradients, states): the torch path computes in fp32, so its
     error says nothing; matrix units multiply bf16 operands. The bound is twice what the value
     moves when every operand is rounded to bf16 once more: expected values of inputs and output
@@ -59,6 +60,8 @@ LONG: Row = {
 SEQUENTIAL_UP_TO = 1000
 # Inputs without a time dimension are fp32 in every model, but for the convolution's.
 FP32_INPUTS = ("A", "D", "dt_bias", "initial_state")
+# What rounding to bf16 is expected to cost, relative, over many values.
+ROUNDING = 1.66e-3
 INTEGERS = ("seq_idx", "cu_seqlens", "mask", "targets")
 
 
@@ -368,6 +371,8 @@ def check(
     for name, value in got.items():
         assert value.dtype == reference[name].dtype, f"{name} is {value.dtype}"
         theirs = relative_error(reference[name], expected[name])
+        if value.dtype == torch.bfloat16 and value.numel() < 64:
+            theirs = max(theirs, ROUNDING)  # of a handful of values the error is luck
         if row["dtype"] == "float32":
             bound = max(1e-5, 2 * theirs)
         elif value.dtype == torch.float32:
