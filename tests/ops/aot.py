@@ -23,6 +23,8 @@ TARGETS = {
     "sm100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
+# Bytes of shared memory that one program can have.
+SHARED = {"sm80": 163 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024, "gfx942": 64 * 1024}
 
 
 class _NoGPU:
@@ -75,6 +77,8 @@ def compile_for(architecture: str, only: str = "", every: bool = False) -> list[
         assert kernel is not None, f"{self.__name__} did not compile"
         asm = kernel.asm["amdgcn" if "amdgcn" in kernel.asm else "ptx"]
         assert asm, f"{self.__name__}: no machine code"
+        shared = kernel.metadata.shared
+        assert shared <= SHARED[architecture], f"{self.__name__}: {shared} bytes of shared memory"
         compiled.append(self.__name__)
         return kernel
 

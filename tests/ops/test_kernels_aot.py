@@ -12,7 +12,7 @@ from tests.ops.aot import TARGETS
 ROOT = Path(__file__).parents[2]
 KERNELS = {
     line.split("(")[0].removeprefix("def ")
-    for path in (ROOT / "src" / "ssm_hf" / "ops").rglob("kernels*.py")
+    for path in (ROOT / "src" / "ssm_hf").rglob("kernels*.py")
     for line in path.read_text().splitlines()
     if line.startswith("def ") and line.split("(")[0].endswith("_kernel")
 }
