@@ -183,7 +183,7 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="time mamba_ssm too")
     parser.add_argument("--output", default=str(RESULTS / "generation.jsonl"))
     args = parser.parse_args()
-    ssm_hf.register()
+    ssm_hf.register(override=True)
     for family in sorted({n.split("-")[0] for n in args.models.split(",")}, reverse=True):
         check(f"{family}-130m")
         print(f"{family}: tokens agree", flush=True)

@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=1000)
     parser.add_argument("--output", default=str(RESULTS / "generation.jsonl"))
     args = parser.parse_args()
-    ssm_hf.register()
+    ssm_hf.register(override=True)
     exact = build(args.model, torch.float32, num_hidden_layers=4)
     ids = torch.randint(3, 50000, (1, 100_000), device="cuda")
     error = compare(exact, ids, 7_777)
