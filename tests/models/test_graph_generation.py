@@ -427,7 +427,7 @@ def test_captures_are_freed_with_the_model(marks: None) -> None:
         gc.collect()
         return torch.cuda.memory_allocated()
 
-    # The first leaves cuBLAS's workspace behind, which is no model's.
+    # The first leaves the workspaces of cuBLAS behind, one a stream, which are no model's.
     assert allocated_after_a_model() == allocated_after_a_model()
 
 

@@ -30,6 +30,7 @@ _MOST_CAPTURES = 4
 _told: set[str] = set()
 _by_model: "WeakKeyDictionary[nn.Module, ModelGraphs]" = WeakKeyDictionary()
 _registry_lock = threading.Lock()
+_local = threading.local()
 
 
 class CaptureError(RuntimeError):
@@ -210,7 +211,7 @@ def capture(run: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
     """
     graph = torch.cuda.CUDAGraph()
     here = torch.cuda.current_stream()
-    side = torch.cuda.Stream()
+    side = _side_stream(here.device)
     side.wait_stream(here)
     collecting = gc.isenabled()
     # A collection during the capture could free memory of other graphs, which is not allowed then.
@@ -230,6 +231,14 @@ def capture(run: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
             gc.enable()
     here.wait_stream(side)
     return graph
+
+
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream a thread and device: cuBLAS keeps a workspace of 32 MiB for every stream."""
+    streams: dict[torch.device, torch.cuda.Stream] = _local.__dict__.setdefault("streams", {})
+    if device not in streams:
+        streams[device] = torch.cuda.Stream(device)
+    return streams[device]
 
 
 def _signature(model: nn.Module) -> Hashable:
