@@ -141,7 +141,7 @@ def ssd_decay_kernel(
 def ssd_decay_bwd_kernel(
     dt_ptr, A_ptr, bias_ptr, mask_ptr, doc_ptr, cu_ptr, first_ptr, row_ptr,
     grad_ptr, ddt_ptr, sums_ptr,
-    dt_sb, dt_st, dt_sh, mask_sb, mask_st, doc_sb, doc_st,
+    dt_sb, dt_st, dt_sh, mask_sb, mask_st, doc_sb, doc_st, ddt_sb, ddt_st, ddt_sh,
     rows, length, heads, plane, sums_plane, dt_min, dt_max,
     SOFTPLUS: tl.constexpr, LIMIT: tl.constexpr, VARLEN: tl.constexpr, Q: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -182,7 +182,7 @@ def ssd_decay_bwd_kernel(
         ddelta = tl.where((free >= dt_min) & (free <= dt_max), ddelta, 0.0)
     if SOFTPLUS:
         ddelta = ddelta / (1.0 + tl.exp(-raw))
-    at_dt = (batch * length + t[:, None]) * heads + h[None, :]
+    at_dt = batch * ddt_sb + t.to(tl.int64)[:, None] * ddt_st + h[None, :] * ddt_sh
     inside = (t < end)[:, None] & h_in[None, :]
     tl.store(ddt_ptr + at_dt, ddelta.to(ddt_ptr.dtype.element_ty), mask=inside)
     at_sums = v.to(tl.int64) * heads + h

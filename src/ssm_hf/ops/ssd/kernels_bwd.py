@@ -11,7 +11,8 @@ def from_tokens(
     x_ptr, C, B, D_ptr, z_ptr, ungated_ptr, dy_ptr, decay_ptr, dstates_ptr,
     dx_ptr, dz_ptr, dB_ptr, dC_ptr, grad_ptr, dD_ptr,
     batch, token, end, in_row, is_real, v, group, block, head_0,
-    x_sb, x_st, x_sh, z_sb, z_st, z_sh, dy_sb, dy_st, dy_sh, length, heads, groups, plane, part,
+    x_sb, x_st, x_sh, z_sb, z_st, z_sh, dy_sb, dy_st, dy_sh, dx_sb, dx_st, dz_sb, dz_st,
+    length, heads, groups, plane, part,
     STATES: tl.constexpr, HEAD_DIM: tl.constexpr, RAGGED: tl.constexpr, MASKED: tl.constexpr,
     D_PER_CHANNEL: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr,
     HEADS: tl.constexpr, BLOCK_P: tl.constexpr, P_BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -76,19 +77,20 @@ def from_tokens(
         left = tl.zeros((Q,), dtype=tl.float32)
         for p_block in tl.static_range(P_BLOCKS):
             p = p_block * BLOCK_P + tl.arange(0, BLOCK_P)
-            at_y = ((batch * length + token) * heads + head) * HEAD_DIM
             if P_BLOCKS > 1:
                 x = load_tile(at_x, x_st, i, p, in_row, RAGGED, CUT_P, HEAD_DIM)
             if P_BLOCKS > 1 or z_ptr is not None:
                 dy = load_tile(at_dy, dy_st, i, p, is_real, MASKED, CUT_P, HEAD_DIM)
             if z_ptr is not None:
                 z = load_tile(at_z, z_st, i, p, in_row, RAGGED, CUT_P, HEAD_DIM).to(tl.float32)
+                at_y = ((batch * length + token) * heads + head) * HEAD_DIM
                 y = load_tile(ungated_ptr + at_y, y_st, i, p, in_row, RAGGED, CUT_P, HEAD_DIM).to(
                     tl.float32
                 )
                 sigmoid = 1.0 / (1.0 + tl.exp(-z))
                 dz = dy.to(tl.float32) * y * sigmoid * (1.0 + z * (1.0 - sigmoid))
-                store_tile(dz_ptr + at_y, y_st, i, p, in_row, dz, RAGGED, CUT_P, HEAD_DIM)
+                at_dz = dz_ptr + batch * dz_sb + token * dz_st + head * HEAD_DIM
+                store_tile(at_dz, dz_st, i, p, in_row, dz, RAGGED, CUT_P, HEAD_DIM)
                 dy = gated(dy.to(tl.float32), z)
             # Empty chunks (VARLEN) have no states; RAGGED covers them.
             rows = p < tl.where(token < end, HEAD_DIM, 0)
@@ -107,7 +109,8 @@ def from_tokens(
                 dx += dy_wide * D.to(tl.float32)[None, :]
                 at_D = dD_ptr + (v * heads + head) * HEAD_DIM + p
                 tl.store(at_D, tl.sum(dy_wide * x_wide, axis=0), mask=p < HEAD_DIM)
-            store_tile(dx_ptr + at_y, y_st, i, p, in_row, dx, RAGGED, CUT_P, HEAD_DIM)
+            at_dx = dx_ptr + batch * dx_sb + token * dx_st + head * HEAD_DIM
+            store_tile(at_dx, dx_st, i, p, in_row, dx, RAGGED, CUT_P, HEAD_DIM)
         at_grad = grad_ptr + (v * heads + head) * Q + i
         tl.store(at_grad, da)
         tl.store(at_grad + 2 * plane, left * delta)
@@ -187,7 +190,8 @@ def ssd_bwd_kernel(
     cu_ptr, first_ptr, row_ptr,
     x_sb, x_st: tl.constexpr, x_sh, B_sb, B_st: tl.constexpr, B_sg, C_sb, C_st: tl.constexpr, C_sg,
     z_sb, z_st: tl.constexpr, z_sh, mask_sb, mask_st,
-    dy_sb, dy_st: tl.constexpr, dy_sh, rows, length, heads: tl.constexpr, groups, plane, part,
+    dy_sb, dy_st: tl.constexpr, dy_sh, dx_sb, dx_st: tl.constexpr, dz_sb, dz_st: tl.constexpr,
+    rows, length, heads: tl.constexpr, groups, plane, part,
     STATES: tl.constexpr, HEAD_DIM: tl.constexpr, RAGGED: tl.constexpr,
     D_PER_CHANNEL: tl.constexpr, VARLEN: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, Q: tl.constexpr, HEADS: tl.constexpr, HEAD_BLOCKS: tl.constexpr,
@@ -227,7 +231,7 @@ def ssd_bwd_kernel(
             x_ptr, C, B, D_ptr, z_ptr, ungated_ptr, dy_ptr, decay_ptr, dstates_ptr,
             dx_ptr, dz_ptr, dB_ptr, dC_ptr, grad_ptr, dD_ptr,
             batch, token, end, in_row, is_real, v, group, block, head_0,
-            x_sb, x_st, x_sh, z_sb, z_st, z_sh, dy_sb, dy_st, dy_sh,
+            x_sb, x_st, x_sh, z_sb, z_st, z_sh, dy_sb, dy_st, dy_sh, dx_sb, dx_st, dz_sb, dz_st,
             length, heads, groups, plane, part, STATES, HEAD_DIM, RAGGED, MASKED,
             D_PER_CHANNEL, WIDE, PRECISION, Q, HEADS, BLOCK_P, P_BLOCKS, BLOCK_N, STAGES,
         )  # fmt: skip

@@ -24,6 +24,7 @@ from ssm_hf.ops.ssd.kernels import (
     ssd_states_kernel,
 )
 from ssm_hf.ops.ssd.kernels_bwd import ssd_bwd_kernel
+from ssm_hf.ops.ssd.kernels_sum import ssd_sum_kernel
 
 # Triton's annotations do not know that plain values may stand for constants.
 _decay_kernel: Any = ssd_decay_kernel
@@ -31,6 +32,7 @@ _decay_bwd_kernel: Any = ssd_decay_bwd_kernel
 _states_kernel: Any = ssd_states_kernel
 _fwd_kernel: Any = ssd_fwd_kernel
 _bwd_kernel: Any = ssd_bwd_kernel
+_sum_kernel: Any = ssd_sum_kernel
 
 LARGEST = 256
 CHUNK = 64
@@ -311,42 +313,74 @@ def _backward(
     dt_max: float,
 ) -> list[Tensor]:
     """Gradients of x, dt, A, B, C, D, z, dt_bias, initial_state; empty ones for what is None."""
-    step = (dt_softplus, dt_min, dt_max)
+    given = (x, dt, A, B, C, D, z, dt_bias, initial_state)
+    grads = [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in given]
+    gradients_into(
+        grads, dy, dfinal, ungated, *given, doc, cu_seqlens, mask, (dt_softplus, dt_min, dt_max)
+    )
+    return grads
+
+
+def gradients_into(
+    grads: list[Tensor],
+    dy: Tensor | None,
+    dfinal: Tensor | None,
+    ungated: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    doc: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    step: tuple[bool, float, float],
+) -> None:
+    """Write the gradients of the nine tensors from x to initial_state into `grads`, in this order.
+
+    Those of x, dt, B, C and z may have any strides of batch and time; what lies within a token (of
+    dt: any) is dense.
+    """
+    dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial = grads
+    dt_softplus, dt_min, dt_max = step
     dy = x.new_zeros(x.shape) if dy is None else dy
     x, B, C, dy = _rows(x), _rows(B), _rows(C), _rows(dy)
     z = None if z is None else _rows(z)
     dfinal = None if dfinal is None else dfinal.contiguous()
     k = _describe(x, B, C, cu_seqlens, x.shape[1])
-    dx, ddt = x.new_empty(x.shape), dt.new_empty(dt.shape)
-    dz = x.new_empty(0) if z is None else z.new_empty(z.shape)
     narrow = torch.float32 if k.wide else x.dtype
     shape = (k.chunks, k.heads, k.head_dim, k.states)
     states, dstates = (x.new_empty(shape, dtype=narrow) for _ in range(2))
-    dinitial = None
+    wide_dinitial = None
     if initial_state is not None:
-        dinitial = initial_state.new_empty(initial_state.shape, dtype=torch.float32)
+        wide_dinitial = dinitial if dinitial.dtype == torch.float32 else dinitial.float()
     grad = x.new_empty(4, k.chunks, k.heads, CHUNK, dtype=torch.float32)
     sums = x.new_empty(2, k.chunks, k.heads, dtype=torch.float32)
-    dD = None
+    per_channel = D is not None and D.ndim == 2
+    last = k.head_dim if per_channel else CHUNK
+    dD_parts = None
     if D is not None:
-        last = k.head_dim if D.ndim == 2 else CHUNK
-        dD = x.new_empty(k.chunks, k.heads, last, dtype=torch.float32)
+        dD_parts = x.new_empty(k.chunks, k.heads, last, dtype=torch.float32)
     with on_device(x):
         decay = _decays(k, dt, A, dt_bias, doc, mask, step)
-        _states_of_chunks(k, x, B, dy, C, z, mask, decay, initial_state, dfinal, dinitial,
+        _states_of_chunks(k, x, B, dy, C, z, mask, decay, initial_state, dfinal, wide_dinitial,
                           states, dstates)  # fmt: skip
         options = k.options("ssd_bwd")
         heads = _heads_per_program(k, options.pop("HEADS"))
         blocks = k.heads // k.groups // heads
-        # dB in one part is dB; dC always comes in two parts a block of heads.
-        dB = x.new_empty(blocks, *B.shape, dtype=B.dtype if blocks == 1 else torch.float32)
-        dC = x.new_empty(2 * blocks, *C.shape, dtype=torch.float32)
+        dB_parts = x.new_empty(blocks, *B.shape, dtype=torch.float32)
+        dC_parts = x.new_empty(2 * blocks, *C.shape, dtype=torch.float32)
         _bwd_kernel[(2 * k.chunks * k.groups * blocks,)](
-            x, B, C, D, z, ungated, mask, dy, decay, states, dstates, dx, dz, dB, dC, grad, dD,
-            *k.tables,
+            x, B, C, D, z, ungated, mask, dy, decay, states, dstates, dx, dz, dB_parts, dC_parts,
+            grad, dD_parts, *k.tables,
             *_strides(x), *_strides(B), *_strides(C), *_strides(z), *_strides(mask, 2),
-            *_strides(dy), k.rows, k.length, k.heads, k.groups, grad[0].numel(),
-            B.numel(), **k.shape, D_PER_CHANNEL=D is not None and D.ndim == 2,
+            *_strides(dy), *_strides(dx, 2), *_strides(None if z is None else dz, 2),
+            k.rows, k.length, k.heads, k.groups, grad[0].numel(),
+            B.numel(), **k.shape, D_PER_CHANNEL=per_channel,
             VARLEN=cu_seqlens is not None, WIDE=k.wide, PRECISION=k.precision, Q=CHUNK,
             HEADS=heads, HEAD_BLOCKS=blocks, P_BLOCKS=-(-k.head_dim // options["BLOCK_P"]),
             BLOCK_N=k.blocks()[1], **options,
@@ -354,29 +388,21 @@ def _backward(
         pointers, strides = _decay_arguments(k, dt, A, dt_bias, doc, mask)
         options = k.options("ssd_decay_bwd")
         _decay_bwd_kernel[(k.chunks * -(-k.heads // options["BLOCK_H"]),)](
-            *pointers, grad, ddt, sums, *strides, k.rows, k.length, k.heads, grad[0].numel(),
-            k.chunks * k.heads, dt_min, dt_max, SOFTPLUS=dt_softplus, LIMIT=_limited(step),
-            VARLEN=cu_seqlens is not None, Q=CHUNK, **options,
+            *pointers, grad, ddt, sums, *strides, *_strides(ddt), k.rows, k.length, k.heads,
+            grad[0].numel(), k.chunks * k.heads, dt_min, dt_max, SOFTPLUS=dt_softplus,
+            LIMIT=_limited(step), VARLEN=cu_seqlens is not None, Q=CHUNK, **options,
         )  # fmt: skip
-    dB = dB.view(B.shape) if blocks == 1 else dB.sum(0).to(B.dtype)
-    dC = dC.sum(0).to(C.dtype)
-    dA, dbias = sums.sum(1)
-    if D is not None and dD is not None:
-        dD = dD.sum(0)
-        dD = (dD if D.ndim == 2 else dD.sum(1)).to(D.dtype)
-    return [
-        dx,
-        ddt,
-        dA.to(A.dtype, copy=True),
-        dB,
-        dC,
-        x.new_empty(0) if dD is None else dD,
-        dz,
-        x.new_empty(0) if dt_bias is None else dbias.to(dt_bias.dtype, copy=True),
-        x.new_empty(0)
-        if dinitial is None or initial_state is None
-        else dinitial.to(initial_state.dtype),
-    ]
+        options = k.options("ssd_sum")
+        tokens, width = k.batch * k.length, k.groups * k.states
+        programs = -(-tokens // options["ROWS"]) * -(-width // options["COLUMNS"])
+        _sum_kernel[(programs + k.heads,)](
+            dB_parts, dC_parts, sums, dD_parts, dB, dC, dA, None if dt_bias is None else dbias,
+            None if D is None else dD, *_strides(dB, 2), *_strides(dC, 2), tokens, k.length,
+            B.numel(), k.chunks, k.heads, WIDTH=width, B_PARTS=blocks, C_PARTS=2 * blocks,
+            LAST=last, D_PER_CHANNEL=per_channel, BLOCK_L=_block(last), **options,
+        )  # fmt: skip
+    if wide_dinitial is not None and wide_dinitial is not dinitial:
+        dinitial.copy_(wide_dinitial)
 
 
 def _states_of_chunks(
