@@ -276,7 +276,8 @@ def _step_bwd(
 def causal_conv1d_bwd_kernel(
     dy_ptr, dfinal_ptr, x_ptr, weight_ptr, bias_ptr, state_ptr, numbers_ptr, offsets_ptr,
     order_ptr, counts_ptr, dx_ptr, dstate_ptr, partial_ptr,
-    stride_dyb, stride_dyt, stride_xb, stride_xt, length, channels, programs, documents,
+    stride_dyb, stride_dyt, stride_xb, stride_xt, stride_dxb, stride_dxt, length, channels,
+    programs, documents,
     SILU: tl.constexpr, TAPS: tl.constexpr, UNIT: tl.constexpr,
     SEGMENTS: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -296,7 +297,8 @@ def causal_conv1d_bwd_kernel(
     stride_dy = stride_dyt * UNIT
     x_ptr += batch * stride_xb * UNIT
     dy_ptr += batch * stride_dyb * UNIT
-    dx_ptr += batch * length * channels
+    stride_dx = stride_dxt * UNIT
+    dx_ptr += batch * stride_dxb * UNIT
     if HAS_NUMBERS:
         numbers_ptr += batch * length
     if order_ptr is not None:
@@ -417,7 +419,7 @@ def causal_conv1d_bwd_kernel(
                         new = new + (sums[k] + q * window[k],)
                     sums = new + (sums[TAPS] + q,)
                 v = t - (TAPS - 1)
-                at = _position(order_ptr, v, length) * channels
+                at = _position(order_ptr, v, length) * stride_dx
                 mask = inside & (v >= first) & (v < length)
                 tl.store(dx_ptr + at + channel, pending[0], mask=mask)
                 pending = pending[1:]
@@ -438,7 +440,7 @@ def causal_conv1d_bwd_kernel(
                 HAS_NUMBERS, PER_DOCUMENT, SILU, TAPS,
             )  # fmt: skip
             v = rank + u - (TAPS - 1)
-            at = _position(order_ptr, v, length) * channels
+            at = _position(order_ptr, v, length) * stride_dx
             mask = inside & (v >= first) & (v < length)
             tl.store(dx_ptr + at + channel, pending[0], mask=mask)
             pending = pending[1:]

@@ -139,20 +139,44 @@ def _backward(
     weight_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias and initial state, each empty where there is none to form."""
-    dx, dweight, dbias, dstate = _empty_grads(
+    grads = _empty_grads(
         dy, dfinal, x, weight, bias, state, numbers, offsets, order, counts, silu, weight_grad
     )
+    gradients_into(
+        *grads, dy, dfinal, x, weight, bias, state, numbers, offsets, order, counts, silu
+    )
+    return grads
+
+
+def gradients_into(
+    dx: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    dstate: Tensor,
+    dy: Tensor,
+    dfinal: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    numbers: Tensor | None,
+    offsets: Tensor | None,
+    order: Tensor | None,
+    counts: Tensor | None,
+    silu: bool,
+) -> None:
+    """Write the gradients, where not empty; dx may have any strides of batch and time."""
     batch, length, channels = x.shape
     taps = weight.shape[1]
     x, dy, weight = _rows(x), _rows(dy), weight.contiguous()
-    unit, strides = _strides(dy, x)
+    unit, strides = _strides(dy, x, dx)
     options = _options("causal_conv1d_bwd", x, SILU=silu, TAPS=taps, UNIT=unit)
     documents = 1 if offsets is None else offsets.numel() - 1
     pieces = -(-length // (options["SEGMENTS"] * options["ROWS"] * options["STEPS"]))
     programs = pieces + (-(-documents // options["SEGMENTS"]) if dstate.numel() else 0)
     grid = batch * programs * -(-channels // options["BLOCK_C"])
     partial = None
-    if weight_grad:
+    if dweight.numel():
         partial = x.new_empty((batch * pieces, taps + 1, channels), dtype=torch.float32)
     with on_device(x):
         causal_conv1d_bwd_kernel[(grid,)](
@@ -187,7 +211,6 @@ def _backward(
                 TAPS=taps,  # pyright: ignore[reportArgumentType]
                 **options,
             )
-    return dx, dweight, dbias, dstate
 
 
 @_backward.register_fake

@@ -163,19 +163,24 @@ def _load_bwd(
 @triton.jit
 def _store_bwd(
     x, n, g, dy, weight, z, sigmoid, along, scale,
-    dtotal_ptr, dx_ptr, dresidual_ptr, dgate_ptr, dtotal_at, dx_at, columns, inside,
-    HAS_DTOTAL: tl.constexpr, TWO_GRADS: tl.constexpr,
+    dtotal_ptr, dx_ptr, dresidual_ptr, dgate_ptr, y_ptr, dtotal_at, dx_at, dgate_at, columns,
+    inside, HAS_DTOTAL: tl.constexpr, TWO_GRADS: tl.constexpr,
     GATE_FIRST: tl.constexpr, GATE_LAST: tl.constexpr,
 ):  # fmt: skip
     dh = scale * (g - n * along)
     if HAS_DTOTAL:
         dh += tl.load(dtotal_ptr + dtotal_at + columns, mask=inside, other=0.0).to(tl.float32)
+    if y_ptr is not None:
+        y = n * weight
+        if GATE_LAST:
+            y *= z * sigmoid
+        tl.store(y_ptr + dx_at + columns, y, mask=inside)
     dsilu = sigmoid * (1.0 + z * (1.0 - sigmoid))
     if GATE_FIRST:
-        tl.store(dgate_ptr + dx_at + columns, dh * x * dsilu, mask=inside)
+        tl.store(dgate_ptr + dgate_at + columns, dh * x * dsilu, mask=inside)
         dh *= z * sigmoid
     if GATE_LAST:
-        tl.store(dgate_ptr + dx_at + columns, dy * weight * n * dsilu, mask=inside)
+        tl.store(dgate_ptr + dgate_at + columns, dy * weight * n * dsilu, mask=inside)
     tl.store(dx_ptr + dx_at + columns, dh, mask=inside)
     if TWO_GRADS:
         tl.store(dresidual_ptr + dx_at + columns, dh, mask=inside)
@@ -192,12 +197,14 @@ def rms_norm_bwd_kernel(
     dx_ptr,
     dresidual_ptr,
     dgate_ptr,
+    y_ptr,
     dweight_ptr,
     stride_dy,
     stride_dtotal,
     stride_h,
     stride_gate,
     stride_dx,
+    stride_dgate,
     rows,
     size,
     HAS_DTOTAL: tl.constexpr,
@@ -212,8 +219,8 @@ def rms_norm_bwd_kernel(
 ):
     """Every num_programs(0)-th tile of one group a program.
 
-    `h` is x, or what forward made of x + residual. Outputs are contiguous; `dweight` (programs, D)
-    is to be summed.
+    `h` is x, or what forward made of x + residual. Outputs are contiguous, but for dgate; with
+    `y_ptr` the output of forward is formed again. `dweight` (programs, D) is to be summed.
     """
     program, group = tl.program_id(0), tl.program_id(1)
     first = group * size
@@ -227,6 +234,7 @@ def rms_norm_bwd_kernel(
         h_at = row * (stride_h * UNIT) + first
         gate_at = row * (stride_gate * UNIT) + first
         dx_at = row * (stride_dx * UNIT) + first
+        dgate_at = row * (stride_dgate * UNIT) + first
         scale = tl.load(scale_ptr + row * tl.num_programs(1) + group, mask=row < rows, other=0.0)
         if WHOLE:
             inside = (row < rows) & (columns < size)
@@ -237,8 +245,8 @@ def rms_norm_bwd_kernel(
             along = tl.sum(g * n, axis=1, keep_dims=True) / size
             _store_bwd(
                 x, n, g, dy, weight, z, sigmoid, along, scale,
-                dtotal_ptr, dx_ptr, dresidual_ptr, dgate_ptr, dtotal_at, dx_at, columns, inside,
-                HAS_DTOTAL, TWO_GRADS, GATE_FIRST, GATE_LAST,
+                dtotal_ptr, dx_ptr, dresidual_ptr, dgate_ptr, y_ptr, dtotal_at, dx_at, dgate_at,
+                columns, inside, HAS_DTOTAL, TWO_GRADS, GATE_FIRST, GATE_LAST,
             )  # fmt: skip
             if WEIGHT_GRAD:
                 sums += dn * n
@@ -262,8 +270,8 @@ def rms_norm_bwd_kernel(
                 )  # fmt: skip
                 _store_bwd(
                     x, n, g, dy, weight, z, sigmoid, along, scale,
-                    dtotal_ptr, dx_ptr, dresidual_ptr, dgate_ptr, dtotal_at, dx_at, at, inside,
-                    HAS_DTOTAL, TWO_GRADS, GATE_FIRST, GATE_LAST,
+                    dtotal_ptr, dx_ptr, dresidual_ptr, dgate_ptr, y_ptr, dtotal_at, dx_at, dgate_at,
+                    at, inside, HAS_DTOTAL, TWO_GRADS, GATE_FIRST, GATE_LAST,
                 )  # fmt: skip
                 if WEIGHT_GRAD:
                     # This program's own row of the sums, so no other one writes here.

@@ -123,17 +123,44 @@ def _backward(
     weight_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x in `dtype`, residual (empty: the same as x's, or none), gate and weight."""
-    dx, dresidual, dgate, dweight = _empty_grads(
-        dy, h, gate, weight, dtype, residual_dtype, weight_grad
+    grads = _empty_grads(dy, h, gate, weight, dtype, residual_dtype, weight_grad)
+    gradients_into(
+        *grads, None, dy, dtotal, h, gate, weight, scale, group_size, norm_before_gate
     )
+    return grads
+
+
+def gradients_into(
+    dx: Tensor,
+    dresidual: Tensor,
+    dgate: Tensor,
+    dweight: Tensor,
+    y: Tensor | None,
+    dy: Tensor,
+    dtotal: Tensor | None,
+    h: Tensor,
+    gate: Tensor | None,
+    weight: Tensor,
+    scale: Tensor,
+    group_size: int,
+    norm_before_gate: bool,
+) -> None:
+    """Write the gradients, where not empty, and with `y` the output of forward once more.
+
+    dgate may have any stride between its rows; all else that is written is contiguous.
+    """
     rows, groups = scale.shape
+    weight_grad = dweight.numel() > 0
     if rows == 0:
-        return dx, dresidual, dgate, dweight.zero_()
+        dweight.zero_()
+        return
     dy, h, weight = _rows(dy), _rows(h), weight.contiguous()
     dtotal_rows = dy if dtotal is None else _rows(dtotal)
     gate_rows = dy if gate is None else _rows(gate)
+    dgate_stride = dx.shape[-1] if gate is None else dgate.flatten(0, -2).stride(0)
     strides = (
-        dy.stride(0), dtotal_rows.stride(0), h.stride(0), gate_rows.stride(0), dx.shape[-1]
+        dy.stride(0), dtotal_rows.stride(0), h.stride(0), gate_rows.stride(0), dx.shape[-1],
+        dgate_stride,
     )  # fmt: skip
     unit = common_unit(*strides, group_size)
     options = _options(
@@ -162,6 +189,7 @@ def _backward(
             dx,
             dresidual,
             dgate,
+            y,
             partial,
             *(stride // unit for stride in strides),
             rows=rows,
@@ -169,8 +197,7 @@ def _backward(
             **options,
         )
         if weight_grad:
-            dweight = partial.sum(dim=0).to(dweight.dtype)
-    return dx, dresidual, dgate, dweight
+            dweight.copy_(partial.sum(dim=0))
 
 
 def _empty_grads(
