@@ -7,7 +7,7 @@ from tqdm import tqdm
 from transformers import set_seed
 
 from eval.model import LoadedModel
-from eval.suite import GenerateOptions
+from eval.options import GenerateOptions
 
 
 def generate_samples(

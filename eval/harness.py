@@ -11,7 +11,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedConfig
 
 from eval.model import LoadedModel
-from eval.suite import LmEvalOptions
+from eval.options import LmEvalOptions
 from eval.tasks.zero_shot import AVERAGED_TASKS, ZERO_SHOT_TASKS, build_tasks
 
 UNLIMITED = sys.maxsize // 2  # the harness adds small numbers to it

@@ -17,17 +17,33 @@ from transformers import (
 
 import ssm_hf
 from eval.documents import sha256
+from eval.parallel import processes
 
 
 class LoadedModel(NamedTuple):
     """A causal language model in eval mode with its tokenizer.
 
-    `prefix` is the token ids put before each document or prompt (one id, or none).
+    `prefix` is the token ids put before each document or prompt (one id, or none); `weights`
+    identifies the weight files.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
     prefix: tuple[int, ...]
+    weights: str
+
+    @property
+    def identity(self) -> str:
+        """A hash of what makes the outputs: weights, config, class, dtype, tokenizer, prefix."""
+        parts = (
+            self.weights,
+            self.model.config.to_json_string(use_diff=False),
+            f"{type(self.model).__module__}.{type(self.model).__name__}",
+            str(self.model.dtype),
+            tokenizer_hash(self.tokenizer),
+            repr(self.prefix),
+        )
+        return hashlib.sha256("\n".join(parts).encode("utf-8")).hexdigest()[:16]
 
     def encode(self, text: str) -> list[int]:
         """Return the prefix and the tokens of `text`, in which special tokens are plain text."""
@@ -38,6 +54,36 @@ class LoadedModel(NamedTuple):
             verbose=False,  # no warning about documents longer than the model's usual context
         )["input_ids"]
         return [*self.prefix, *ids]
+
+
+def load_tokenizer(name: str, prefix: str) -> tuple[PreTrainedTokenizerFast, tuple[int, ...]]:
+    """Load a model's tokenizer and find the ids that stand before each document.
+
+    Args:
+        name, prefix: see `load_model`.
+
+    Raises:
+        ValueError: no tokenizer there, or it lacks the prefix token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model {name}: its tokenizer cannot be loaded: {error}") from error
+    return tokenizer, _prefix_ids(prefix, tokenizer, name)
+
+
+def require_eos(tokenizer: PreTrainedTokenizerFast, section: str) -> None:
+    """Raise ValueError unless the tokenizer has a token that ends a text.
+
+    Args:
+        tokenizer: of the model.
+        section: of the suite, for the message.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"section {section} needs a tokenizer with an end-of-text token, but eos_token of "
+            f"{tokenizer.name_or_path} is not set (tokenizer_config.json)"
+        )
 
 
 def load_model(name: str, *, dtype: str, device: str, prefix: str) -> LoadedModel:
@@ -53,15 +99,23 @@ def load_model(name: str, *, dtype: str, device: str, prefix: str) -> LoadedMode
         ValueError: weights are missing or of a wrong shape, or the tokenizer lacks the prefix
             token.
     """
-    if device == "auto":
+    tokenizer, prefix_ids = load_tokenizer(name, prefix)
+    if device == "auto" and processes().num_processes > 1:
+        device = str(processes().device)
+    elif device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(name)
     model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
     # from_pretrained would fill such weights with random numbers, and the scores would be noise.
     bad = sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]}))
     if bad:
         raise ValueError(f"model {name}: the checkpoint does not hold all weights, e.g. {bad[:5]}")
-    return LoadedModel(model.to(device).eval(), tokenizer, _prefix_ids(prefix, tokenizer, name))
+    weights = _weights_hash(name, model)
+    return LoadedModel(model.to(device).eval(), tokenizer, prefix_ids, weights)
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Return 16 hexadecimal digits of the SHA-256 of a tokenizer's whole definition."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode("utf-8")).hexdigest()[:16]
 
 
 def _prefix_ids(prefix: str, tokenizer: PreTrainedTokenizerFast, name: str) -> tuple[int, ...]:
@@ -89,10 +143,10 @@ def describe_model(name: str, loaded: LoadedModel) -> dict[str, Any]:
     # Four and eight tokens: both longer than any cache that an implementation rounds up.
     few, more = (_cache_bytes(model, tokens) for tokens in (4, 8))
     per_token = (more - few) // 4
-    vocabulary = loaded.tokenizer.backend_tokenizer.to_str().encode("utf-8")
     return {
         "name": name,
-        "weights": _weights_hash(name, model),
+        "weights": loaded.weights,
+        "identity": loaded.identity,
         "architecture": config.architectures[0] if config.architectures else type(model).__name__,
         "model_type": config.model_type,
         "layers": config.num_hidden_layers,
@@ -107,7 +161,7 @@ def describe_model(name: str, loaded: LoadedModel) -> dict[str, Any]:
         "state_bytes": few - 4 * per_token,
         "state_bytes_per_token": per_token,
         "tokenizer": f"{type(loaded.tokenizer).__name__}, {len(loaded.tokenizer)} tokens, "
-        f"sha256 {hashlib.sha256(vocabulary).hexdigest()[:16]}",
+        f"sha256 {tokenizer_hash(loaded.tokenizer)}",
         "prefix": loaded.tokenizer.decode(list(loaded.prefix)) if loaded.prefix else None,
     }
 

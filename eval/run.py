@@ -12,30 +12,36 @@ from pathlib import Path
 from typing import Any
 
 import ssm_hf
-from eval.documents import read_documents
-from eval.model import describe_environment, describe_model, load_model
-from eval.ngram import read_seen_tokens
+from eval.model import describe_environment, describe_model, load_model, load_tokenizer
+from eval.parallel import processes
 from eval.report import Results, summary, write_report
-from eval.sections import SECTIONS
+from eval.sections import SECTIONS, Job
 from eval.suite import Suite, load_suite
-from eval.tasks.zero_shot import check_tasks
 
 
-def check_inputs(suite: Suite) -> None:
-    """Read or look for every input file, so that a wrong path costs no minutes of scoring."""
-    if suite.perplexity is not None:
-        for file in suite.perplexity.files:
-            read_documents(file, suite.perplexity.max_bytes)
-    if suite.ngram is not None:
-        read_seen_tokens(suite.ngram.seen_tokens)
-    if suite.lm_eval is not None:
-        check_tasks(suite.lm_eval.tasks)
+def check_inputs(model: str, suite: Suite) -> None:
+    """Raise for whatever is wrong with the tokenizer, the files or the options of a suite.
+
+    A wrong path then costs no minutes of scoring.
+    """
+    tokenizer, _ = load_tokenizer(model, suite.prefix)
+    for name, section in SECTIONS.items():
+        options = getattr(suite, name)
+        if options is not None:
+            section.check(options, suite, tokenizer)
 
 
-def evaluate(model: str, suite: Suite, suite_file: str) -> Results:
-    """Load a model, run every section of the suite, and return the results as JSON values."""
+def evaluate(model: str, suite: Suite, suite_file: str, output: Path) -> Results:
+    """Load a model, run every section of the suite, and return the results as JSON values.
+
+    Args:
+        model: directory or Hub name.
+        suite: what to run.
+        suite_file: where it was read, for the record.
+        output: finished samples are kept in its folder `samples` and taken from there.
+    """
     begin = time.perf_counter()
-    check_inputs(suite)
+    check_inputs(model, suite)
     loaded = load_model(model, dtype=suite.dtype, device=suite.device, prefix=suite.prefix)
     header: dict[str, Any] = {
         "model": describe_model(model, loaded),
@@ -47,11 +53,12 @@ def evaluate(model: str, suite: Suite, suite_file: str) -> Results:
         "seconds": {"load": time.perf_counter() - begin},
     }
     results: Results = {"header": header, "checks": []}
-    for name, run in SECTIONS.items():
+    job = Job(suite, results, output / "samples")
+    for name, section in SECTIONS.items():
         options = getattr(suite, name)
         if options is not None:
             start = time.perf_counter()
-            results[name] = run(loaded, options, suite, results)
+            results[name] = section.run(loaded, options, job)
             header["seconds"][name] = time.perf_counter() - start
     header["seconds"]["total"] = time.perf_counter() - begin
     return results
@@ -87,11 +94,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     suite = load_suite(options.suite, overrides)
-    results = evaluate(options.model, suite, options.suite)
     # Two parts, because most runs call their last one "final".
     name = "-".join([*Path(options.model).absolute().parts[-2:], Path(options.suite).stem])
-    files = write_report(results, options.output or Path("runs/eval") / name)
-    print(summary(results, files))
+    output = Path(options.output or Path("runs/eval") / name)
+    results = evaluate(options.model, suite, options.suite, output)
+    if processes().is_main_process:
+        print(summary(results, write_report(results, output)))
     return 0 if all(check["passed"] for check in results["checks"]) else 1
 
 

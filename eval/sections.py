@@ -1,25 +1,82 @@
-"""The sections of a suite: what each runs, and what it leaves in the results.
+"""The sections of a suite: what each needs, runs, and leaves in the results.
 
-Another kind of evaluation is another options class in eval/suite.py and another function here.
+Another kind of evaluation is a module with a dataclass of options, a check and a runner (and, for
+the report, a function that makes blocks of the results, see eval/report.py), and then one field of
+`Suite` and one line of `SECTIONS`.
 """
 
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerFast
 
 from eval.documents import read_documents, sha256
 from eval.generate import generate_samples
 from eval.harness import run_lm_eval
-from eval.model import LoadedModel
+from eval.model import LoadedModel, require_eos
 from eval.ngram import SEPARATOR, ByteNgram, bits_per_byte, read_seen_tokens
+from eval.options import GenerateOptions, LmEvalOptions, NgramOptions, PerplexityOptions
 from eval.perplexity import file_perplexity
 from eval.report import Results
-from eval.suite import GenerateOptions, LmEvalOptions, NgramOptions, PerplexityOptions, Suite
+from eval.suite import Suite
+from eval.tasks.zero_shot import check_tasks
 
 
-def run_perplexity(
-    loaded: LoadedModel, options: PerplexityOptions, suite: Suite, results: Results
-) -> dict[str, Any]:
+class Job(NamedTuple):
+    """What a runner may use besides the model and its options.
+
+    Args:
+        suite: the whole of it: seed, dtype, ...
+        results: of the header and of the sections that ran before; a runner may append to
+            `results["checks"]`.
+        samples: folder for `eval.samples.SampleStore`.
+    """
+
+    suite: Suite
+    results: Results
+    samples: Path
+
+
+class Section(NamedTuple):
+    """One kind of evaluation.
+
+    Args:
+        check: (options, suite, tokenizer) -> None; raises for whatever can be seen to be wrong
+            before the model is loaded: missing files, unknown tasks, impossible lengths.
+        run: (loaded, options, job) -> JSON values, which become the results of the section.
+    """
+
+    check: Callable[[Any, Suite, PreTrainedTokenizerFast], None]
+    run: Callable[[LoadedModel, Any, Job], dict[str, Any]]
+
+
+def check_perplexity(
+    options: PerplexityOptions, suite: Suite, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    for file in options.files:
+        read_documents(file, options.max_bytes)
+
+
+def check_ngram(options: NgramOptions, suite: Suite, tokenizer: PreTrainedTokenizerFast) -> None:
+    read_seen_tokens(options.seen_tokens)
+
+
+def check_zero_shot(
+    options: LmEvalOptions, suite: Suite, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    check_tasks(options.tasks)
+    require_eos(tokenizer, "lm_eval")
+
+
+def check_generate(
+    options: GenerateOptions, suite: Suite, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    require_eos(tokenizer, "generate")
+
+
+def run_perplexity(loaded: LoadedModel, options: PerplexityOptions, job: Job) -> dict[str, Any]:
     how = {name: getattr(options, name) for name in ("window", "stateful", "batch_size")}
     files = [
         file_perplexity(loaded, file, read_documents(file, options.max_bytes), **how)
@@ -28,9 +85,7 @@ def run_perplexity(
     return {**how, "max_bytes": options.max_bytes, "files": files}
 
 
-def run_ngram(
-    loaded: LoadedModel, options: NgramOptions, suite: Suite, results: Results
-) -> dict[str, Any]:
+def run_ngram(loaded: LoadedModel, options: NgramOptions, job: Job) -> dict[str, Any]:
     probe = "".join(map(chr, range(0x800)))  # all characters of one and two bytes
     if loaded.encode(probe)[len(loaded.prefix) :] != list(probe.encode("utf-8")):
         raise ValueError(
@@ -41,15 +96,15 @@ def run_ngram(
     tokens = read_seen_tokens(options.seen_tokens)
     ngram = ByteNgram(tokens, max(options.orders))
     files = []
-    for score in results["perplexity"]["files"]:
-        documents = read_documents(score["file"], results["perplexity"]["max_bytes"])
+    for score in job.results["perplexity"]["files"]:
+        documents = read_documents(score["file"], job.results["perplexity"]["max_bytes"])
         texts = [document.text for document in documents]
         bits = bits_per_byte(ngram, texts, options.orders, skip_first=not loaded.prefix)
         # JSON has text keys only.
         files.append({"file": score["file"], "bits_per_byte": {str(k): v for k, v in bits.items()}})
         required = options.require_better_than_order
         if required is not None:
-            results["checks"].append(
+            job.results["checks"].append(
                 {
                     "name": f"{score['file']}: fewer bits per byte than order {required}",
                     "passed": score["bits_per_byte"] < bits[required],
@@ -65,26 +120,23 @@ def run_ngram(
     }
 
 
-def run_zero_shot(
-    loaded: LoadedModel, options: LmEvalOptions, suite: Suite, results: Results
-) -> dict[str, Any]:
-    section = run_lm_eval(loaded, options, suite.seed)
+def run_zero_shot(loaded: LoadedModel, options: LmEvalOptions, job: Job) -> dict[str, Any]:
+    section = run_lm_eval(loaded, options, job.suite.seed)
     for task in section["tasks"].values():
         task["sha256"] = sha256(task["file"]) if task["file"] else None
     return section
 
 
-def run_generate(
-    loaded: LoadedModel, options: GenerateOptions, suite: Suite, results: Results
-) -> dict[str, Any]:
-    samples = generate_samples(loaded, options, suite.seed)
-    return {**asdict(options), "seed": suite.seed, "samples": samples}
+def run_generate(loaded: LoadedModel, options: GenerateOptions, job: Job) -> dict[str, Any]:
+    samples = generate_samples(loaded, options, job.suite.seed)
+    return {**asdict(options), "seed": job.suite.seed, "samples": samples}
 
 
-# In order of execution: a section may use the results of those before it.
-SECTIONS: dict[str, Callable[[LoadedModel, Any, Suite, Results], dict[str, Any]]] = {
-    "perplexity": run_perplexity,
-    "ngram": run_ngram,
-    "lm_eval": run_zero_shot,
-    "generate": run_generate,
+# In order of execution: a section may use the results of those before it. The names are those of
+# the fields of `Suite`.
+SECTIONS = {
+    "perplexity": Section(check_perplexity, run_perplexity),
+    "ngram": Section(check_ngram, run_ngram),
+    "lm_eval": Section(check_zero_shot, run_zero_shot),
+    "generate": Section(check_generate, run_generate),
 }

@@ -11,7 +11,7 @@ from lm_eval.api.instance import Instance
 
 from eval.harness import UNLIMITED, RecurrentLM, length_limit, run_lm_eval
 from eval.model import LoadedModel, load_model
-from eval.suite import LmEvalOptions
+from eval.options import LmEvalOptions
 from eval.tasks.zero_shot import ZERO_SHOT_TASKS, build_tasks
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "evals"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+import ssm_hf
 from eval import report
 from eval.model import load_model
 from eval.run import main, parse_overrides
@@ -107,11 +108,25 @@ def test_samples_follow_from_the_seed(model_dir: Path, run_dir: Path, tmp_path: 
 
 
 def test_missing_input_file_fails_before_the_model_loads(run_dir: Path, tmp_path: Path) -> None:
+    no_weights = tmp_path / "no_weights"
+    ssm_hf.byte_tokenizer().save_pretrained(no_weights)
     (run_dir / "seen_tokens.bin").unlink()
     with pytest.raises(FileNotFoundError, match=r"seen_tokens\.bin does not exist"):
-        _demo(tmp_path / "no_model", run_dir, tmp_path / "report")
+        _demo(no_weights, run_dir, tmp_path / "report")
     (run_dir / "heldout.jsonl").write_text("")
     with pytest.raises(ValueError, match=r"heldout\.jsonl holds no text"):
+        _demo(no_weights, run_dir, tmp_path / "report")
+
+
+def test_tokenizer_without_eos_fails_before_the_model_loads(tmp_path: Path, run_dir: Path) -> None:
+    tokenizer = ssm_hf.byte_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "no_eos")
+    with pytest.raises(ValueError, match="section generate needs a tokenizer with an end-of-text"):
+        _demo(tmp_path / "no_eos", run_dir, tmp_path / "report")
+    with pytest.raises(ValueError, match="has no eos token to put before a document"):
+        _demo(tmp_path / "no_eos", run_dir, tmp_path / "report", "--prefix", "eos")
+    with pytest.raises(ValueError, match="no_model: its tokenizer cannot be loaded"):
         _demo(tmp_path / "no_model", run_dir, tmp_path / "report")
 
 

@@ -1,0 +1,135 @@
+"""The options of a suite's sections: one dataclass each, whose fields are the keys of the YAML.
+
+A section of another module keeps its dataclass there. Options check themselves when they are made,
+so that a wrong value ends the program before any model is loaded.
+"""
+
+from dataclasses import dataclass, field
+
+
+def require_positive(section: str, **values: float | None) -> None:
+    """Raise ValueError unless every value is None or above 0; the message names section and key."""
+    for name, value in values.items():
+        if value is not None and value <= 0:
+            raise ValueError(f"{section}.{name} must be above 0, got {value}")
+
+
+@dataclass(frozen=True)
+class PerplexityOptions:
+    """Likelihood of held-out files.
+
+    Args:
+        files: text files (one document each) or `.jsonl` files (rows with "text"), plain, `.gz`
+            or `.xz`.
+        max_bytes: read only this many UTF-8 bytes of each file, from its start; None reads all.
+        window: tokens per forward pass, and with `stateful: false` the length after which the
+            model forgets.
+        stateful: carry the model's cache from window to window through each document. False
+            starts every window afresh, as lm-evaluation-harness' rolling perplexity does.
+        batch_size: documents (stateful) or windows per forward pass.
+    """
+
+    files: list[str]
+    max_bytes: int | None = None
+    window: int = 1024
+    stateful: bool = True
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        if not self.files:
+            raise ValueError("perplexity.files is empty, expected at least one path")
+        require_positive(
+            "perplexity", max_bytes=self.max_bytes, window=self.window, batch_size=self.batch_size
+        )
+
+
+@dataclass(frozen=True)
+class NgramOptions:
+    """Byte n-gram baselines on the documents of `perplexity`, in the same bits per byte.
+
+    Args:
+        seen_tokens: `.bin` file of the token ids that the model was trained on; the `.json` beside
+            it says {"dtype": "uint16" or "uint32", "count": N}.
+        orders: numbers of context bytes.
+        require_better_than_order: the run fails unless the model needs fewer bits per byte than
+            this order on every file.
+    """
+
+    seen_tokens: str
+    orders: list[int] = field(default_factory=lambda: [2, 5])
+    require_better_than_order: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.orders or not all(0 <= order <= 7 for order in self.orders):
+            raise ValueError(f"ngram.orders must be numbers from 0 to 7, got {self.orders}")
+        required = self.require_better_than_order
+        if required is not None and required not in self.orders:
+            raise ValueError(
+                f"ngram.require_better_than_order is {required}, expected one of ngram.orders "
+                f"{self.orders}"
+            )
+
+
+@dataclass(frozen=True)
+class LmEvalOptions:
+    """Zero-shot tasks of lm-evaluation-harness.
+
+    Args:
+        tasks: task name -> local JSONL file (plain, `.gz` or `.xz`) in the columns of the task's
+            own dataset, or null for that dataset from the Hugging Face Hub.
+        limit: questions per task, from the start; None takes all.
+        batch_size: requests per forward pass.
+        max_length: longest input in tokens, longer ones lose their beginning; None takes the
+            limit in the model's config, and no limit where it states none.
+        bootstrap_iters: resamples behind the standard error of perplexities; 0 reports no
+            standard errors at all.
+    """
+
+    tasks: dict[str, str | None]
+    limit: int | None = None
+    batch_size: int = 8
+    max_length: int | None = None
+    bootstrap_iters: int = 1000
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise ValueError("lm_eval.tasks is empty, expected at least one task")
+        require_positive(
+            "lm_eval", limit=self.limit, batch_size=self.batch_size, max_length=self.max_length
+        )
+        if self.bootstrap_iters < 0:
+            raise ValueError(f"lm_eval.bootstrap_iters must be >= 0, got {self.bootstrap_iters}")
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """Sample texts.
+
+    Args:
+        prompts: one continuation is generated for each.
+        max_new_tokens: length of each continuation, unless the model ends it earlier.
+        do_sample: draw from the model's distribution; False takes the likeliest token.
+        temperature, top_k, top_p: used when sampling; top_k 0 and top_p 1 keep every token.
+    """
+
+    prompts: list[str]
+    max_new_tokens: int = 128
+    do_sample: bool = True
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise ValueError("generate.prompts is empty, expected at least one prompt")
+        require_positive(
+            "generate",
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+        )
+        if self.top_k < 0 or self.top_p > 1:
+            raise ValueError(
+                f"generate.top_k must be >= 0 and generate.top_p <= 1, got {self.top_k} and "
+                f"{self.top_p}"
+            )
