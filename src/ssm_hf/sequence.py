@@ -109,6 +109,25 @@ class SequenceInfo(NamedTuple):
         return cls(mask, _agreed(documents), position_ids)
 
 
+def check_ids(ids: Tensor, name: str, size: int, ignored: int | None = None) -> None:
+    """Raise `ValueError` unless token numbers lie in [0, size) or are `ignored`.
+
+    On a GPU the program is stopped instead, without making the host wait.
+    """
+    if torch.compiler.is_compiling() or ids.numel() == 0:
+        return
+    wrong = (ids < 0) | (ids >= size)
+    if ignored is not None:
+        wrong &= ids != ignored
+    if ids.device.type == "cpu":
+        if bool(wrong.any()):
+            raise ValueError(
+                f"{name} must lie in [0, {size}), the vocabulary, got {int(ids[wrong][0])}"
+            )
+    else:
+        check_later(~wrong.any(), f"{name} must lie in [0, {size}), the vocabulary")
+
+
 def _padding_mask(
     attention_mask: Tensor | None, batch: int, length: int, past_length: int
 ) -> Tensor | None:

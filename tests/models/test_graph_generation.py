@@ -1,7 +1,7 @@
 """Our decoding loop and captured steps against transformers' loop and whole forward passes.
 
-Everything runs on a GPU where there is one, and there with captured steps; elsewhere the same loop
-runs step by step.
+Everything runs on a GPU where there is one; elsewhere the same code runs with captures that repeat
+what they were given.
 """
 
 import copy
@@ -9,12 +9,13 @@ import gc
 import io
 import pickle
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -25,7 +26,7 @@ from transformers import (
 )
 
 from ssm_hf import Mamba2ForCausalLM, MambaForCausalLM, RecurrentCache
-from ssm_hf.generation import forget_graphs, select
+from ssm_hf.generation import forget_graphs, graphs, prefill, select, session
 from ssm_hf.generation.graphs import graphs_of
 from tests.helpers import kernel_device, randomize_, tiny
 
@@ -57,6 +58,53 @@ def _model(model_type: str, **overrides: object) -> PreTrainedModel:
     model = randomize_(CLASSES[model_type](tiny(model_type, **overrides))).eval().to(DEVICE)
     model.generation_config = GenerationConfig(pad_token_id=0, eos_token_id=None, bos_token_id=1)
     return model
+
+
+class Repeated:
+    """Stands in for a CUDA graph: repeats what was captured, operation by operation.
+
+    It fails where a replay would launch something else than what was captured, as a graph could
+    not; values that the host reads are not seen.
+    """
+
+    def __init__(self, run: Callable[[], None], pool: object) -> None:
+        self.run = run
+        self.ops: dict[bool, list[object]] = {}
+
+    def replay(self) -> None:
+        with Operations() as operations:
+            self.run()
+        # In inference mode composed operators are seen as one.
+        expected = self.ops.setdefault(torch.is_inference_mode_enabled(), operations.names)
+        assert operations.names == expected
+
+
+class Operations(TorchDispatchMode):
+    """Notes names and sizes of what is launched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[object] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        sizes = [a.shape for a in args if isinstance(a, Tensor)]
+        self.names.append((func, *sizes))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(autouse=True)
+def _captures_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill, "PIECE", 4)
+    if DEVICE.type != "cuda":
+        _capture_on_cpu(monkeypatch)
+
+
+def _capture_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "CAPTURING", {"cpu"})
+    monkeypatch.setattr(session, "CAPTURING", {"cpu"})
+    monkeypatch.setattr(graphs, "capture", Repeated)
+    monkeypatch.setattr(graphs, "_memory", lambda device: 1 << 30)
+    monkeypatch.setattr(graphs.torch.cuda, "graph_pool_handle", lambda: None)
 
 
 @pytest.fixture(params=list(CLASSES))
@@ -209,6 +257,66 @@ def test_left_padded_rows_equal_single_rows(model: PreTrainedModel) -> None:
     for row, got in zip(rows, out, strict=True):
         alone = _generate(model, row[None], max_new_tokens=15)
         assert got[8:].tolist() == alone[0, len(row) :].tolist()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("width", [3, 4, 19, 33])
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_prompts_read_in_pieces_equal_one_pass(
+    model: PreTrainedModel, width: int, side: str
+) -> None:
+    rows = [_ids(1, n)[0] for n in (width, max(width - 9, 1), 1)]
+    ids, mask = (torch.zeros(3, width, dtype=torch.long, device=DEVICE) for _ in range(2))
+    for i, row in enumerate(rows):
+        pads = {"left": width - len(row), "right": 0, "both": (width - len(row)) // 2}[side]
+        ids[i, pads : pads + len(row)], mask[i, pads : pads + len(row)] = row, 1
+    for _ in range(3):
+        got = _generate(model, ids, attention_mask=mask, max_new_tokens=5,
+                        return_dict_in_generate=True)  # fmt: skip
+    right = _generate(model, ids, attention_mask=mask, max_new_tokens=5, disable_compile=True,
+                      return_dict_in_generate=True)  # fmt: skip
+    assert torch.equal(got.sequences, right.sequences)
+    for layer, expected in zip(
+        got.past_key_values.layers, right.past_key_values.layers, strict=True
+    ):
+        for name, value in layer.state.items():
+            # fp32 rounding in another order
+            torch.testing.assert_close(value, expected.state[name], atol=1e-4, rtol=1e-4)
+    pieces = -(-width // prefill.PIECE)
+    assert ("prompt" in _latest(model).graphs) == (pieces <= prefill.MOST_PIECES)
+
+
+@torch.no_grad()
+def test_pieces_of_the_usual_size(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    if DEVICE.type != "cuda":
+        _capture_on_cpu(monkeypatch)
+    for length in (300, 512, 7):
+        ids = _ids(1, length)
+        expected = _generate(model, ids, max_new_tokens=5, disable_compile=True)
+        assert torch.equal(_generate(model, ids, max_new_tokens=5), expected)
+    assert _latest(model).graphs["prompt"] is not None
+
+
+@torch.no_grad()
+def test_a_pass_that_cannot_be_captured_runs_as_it_is(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(run: Callable[[], None], pool: object) -> None:
+        raise graphs.CaptureError("a test's refusal")
+
+    ids = _ids(2, 13)
+    expected = _generate(model, ids, max_new_tokens=5, disable_compile=True)
+    assert not graphs_of(model).captures
+    monkeypatch.setattr(graphs, "capture", refuse)
+    monkeypatch.setattr(graphs, "_told", set())
+    for _ in range(3):
+        assert torch.equal(_generate(model, ids, max_new_tokens=5), expected)
+    assert sum("a test's refusal" in line for line in caplog.messages) == 1
+
+
+def _latest(model: PreTrainedModel) -> graphs.Capture:
+    return next(reversed(graphs_of(model).captures.values()))
 
 
 @torch.no_grad()
@@ -408,9 +516,9 @@ def test_logits_that_are_not_numbers_are_an_error(model: PreTrainedModel) -> Non
 def test_steps_are_captured_once_and_bounded(model: PreTrainedModel, marks: None) -> None:
     for _ in range(3):
         _generate(model, _ids(2, 4), max_new_tokens=9)
-    assert _captures(model) == 1
+    assert _captures(model) == 2  # prompt and step
     _theirs(model, _ids(2, 4), max_new_tokens=9)
-    assert _captures(model) == 2
+    assert _captures(model) == 3
     for batch in range(1, 9):
         _generate(model, _ids(batch, 4), max_new_tokens=4)
     assert len(graphs_of(model).captures) == 4

@@ -5,6 +5,7 @@ model's own: values changed in place are seen, and what replaces them is noticed
 call. The state belongs to the capture; a cache lends it for the time of a `generate` call.
 """
 
+import functools
 import gc
 import logging
 import threading
@@ -27,6 +28,9 @@ logger = logging.getLogger("ssm_hf")
 _SHARE_OF_MEMORY = 0.05
 _MOST_CAPTURES = 4
 
+# Types of devices whose launches can be captured.
+CAPTURING = {"cuda"}
+
 _told: set[str] = set()
 _by_model: "WeakKeyDictionary[nn.Module, ModelGraphs]" = WeakKeyDictionary()
 _registry_lock = threading.Lock()
@@ -43,6 +47,7 @@ class Capture:
     def __init__(self, cache: RecurrentCache) -> None:
         self.cache = cache
         self.graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
+        self.refused: set[Hashable] = set()  # what could not be captured, and runs as it is
         self._buffers: dict[Hashable, Any] = {}
         self._lent: list[tuple[RecurrentLayer, State]] = []
 
@@ -61,8 +66,8 @@ class Capture:
         """
         if key not in self.graphs:
             # Compiles kernels and sets up libraries, which a capture must not do.
-            self.graphs[key] = None
             body()
+            self.graphs[key] = None
             return
         graph = self.graphs[key]
         if graph is None:
@@ -109,7 +114,7 @@ class ModelGraphs:
         self.captures: OrderedDict[Hashable, Capture] = OrderedDict()
         self.signature: Hashable = None
         self.failed: set[Hashable] = set()
-        self.done: torch.cuda.Event | None = None
+        self._done: torch.cuda.Event | None = None
         self._pool: Any = None
 
     def check(self, model: nn.Module) -> None:
@@ -148,6 +153,17 @@ class ModelGraphs:
             self._pool = torch.cuda.graph_pool_handle()
         return self._pool
 
+    def mark_done(self) -> None:
+        """What is launched later, on any stream, may use the static tensors after this point."""
+        if torch.cuda.is_available():
+            self._done = torch.cuda.Event()
+            self._done.record()
+
+    def wait_until_done(self) -> None:
+        """Let this stream wait for the calls before."""
+        if self._done is not None:
+            self._done.wait()
+
     def trim(self) -> None:
         """Keep the latest captures within the bounds."""
         kept, left = 0, []
@@ -160,8 +176,12 @@ class ModelGraphs:
     @staticmethod
     def _may_stay(cache: RecurrentCache, beside: int = 0) -> bool:
         device = next(iter(cache.layers[0].state.values())).device
-        memory = torch.cuda.get_device_properties(device).total_memory
-        return beside + cache.nbytes <= _SHARE_OF_MEMORY * memory
+        return beside + cache.nbytes <= _SHARE_OF_MEMORY * _memory(device)
+
+
+@functools.cache
+def _memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 def graphs_of(model: nn.Module) -> ModelGraphs:
@@ -182,7 +202,7 @@ def why_no_graph(model: nn.Module, device: torch.device) -> str | None:
         return "gradients are enabled"
     if torch.is_autocast_enabled(device.type):
         return "autocast is on; load the model in the wanted dtype instead"
-    if torch.cuda.is_current_stream_capturing():
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return "a graph is being captured around it"
     for name, module in model.named_modules():
         ours = type(module).__module__.split(".")[0] == "ssm_hf"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ssm_hf.cache import RecurrentCache
 from ssm_hf.generation.graphs import (
+    CAPTURING,
     Capture,
     CaptureError,
     ModelGraphs,
@@ -45,6 +46,11 @@ class Session:
         self.prefilled = False
         self._graphs = graphs
         self._capture: Capture | None = None
+
+    @property
+    def captures(self) -> bool:
+        """Whether anything can be captured."""
+        return self._graphs is not None
 
     def next_logits(
         self, tokens: Tensor, cache: RecurrentCache, compute: NextLogits
@@ -90,6 +96,18 @@ class Session:
             return False
         return True
 
+    def run_anyway(self, capture: Capture, key: Hashable, body: Callable[[], None]) -> None:
+        """Run `body` on the capture's tensors, as a graph where that is possible."""
+        assert self._graphs is not None
+        if key not in capture.refused:
+            try:
+                capture.run(key, body, self._graphs.pool)
+                return
+            except CaptureError as error:
+                tell_once(str(error))
+                capture.refused.add(key)
+        body()
+
     def close(self) -> None:
         """Return the content to the caches, and free what is too large to keep."""
         if self._graphs is None:
@@ -98,8 +116,7 @@ class Session:
             self._capture.give_back()
             self._capture = None
         self._graphs.trim()
-        self._graphs.done = torch.cuda.Event()
-        self._graphs.done.record()
+        self._graphs.mark_done()
 
 
 _open = threading.local()
@@ -112,23 +129,26 @@ def current_session(model: nn.Module) -> Session | None:
 
 
 @contextmanager
-def open_session(model: nn.Module, visible: bool) -> Generator[Session, None, None]:
-    """Within the block, one-token calls of `model` may run as captured steps.
+def open_session(
+    model: nn.Module, visible: bool, capture: bool = True
+) -> Generator[Session, None, None]:
+    """Within the block, prompts and one-token calls of `model` may run as captures.
 
     Args:
         model: a language model of this package.
         visible: the cache is the caller's own, or will be returned.
+        capture: False lets everything run as it is.
     """
     device = next(model.parameters()).device
     sessions: list[Session] = _open.__dict__.setdefault("sessions", [])
-    graphs = _usable_graphs(model, device)
-    current: Any = torch.cuda.device(device) if graphs is not None else nullcontext()
+    graphs = _usable_graphs(model, device) if capture else None
+    current: Any = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     session = Session(model, visible, graphs)
     sessions.append(session)
     try:
         with current:
-            if graphs is not None and graphs.done is not None:
-                graphs.done.wait()
+            if graphs is not None:
+                graphs.wait_until_done()
             try:
                 yield session
             finally:
@@ -141,7 +161,7 @@ def open_session(model: nn.Module, visible: bool) -> Generator[Session, None, No
 
 def _usable_graphs(model: nn.Module, device: torch.device) -> ModelGraphs | None:
     """The captures of `model`, locked for this call; None where nothing can be captured."""
-    if device.type != "cuda":
+    if device.type not in CAPTURING:
         return None
     reason = why_no_graph(model, device)
     if reason is not None:

@@ -24,7 +24,7 @@ from ssm_hf.models.checkpoint import check_checkpoint
 from ssm_hf.models.generating import GeneratingMixin, check_cache, one_cache
 from ssm_hf.ops import linear_cross_entropy
 from ssm_hf.ops.packing import check_later, document_starts, next_real
-from ssm_hf.sequence import SequenceInfo
+from ssm_hf.sequence import SequenceInfo, check_ids
 
 IGNORED = -100
 # Standard deviation of embeddings in mamba_ssm (GPT-2's).
@@ -179,22 +179,6 @@ class SSMPreTrainedModel(PreTrainedModel):
         return mixers + (0 if head is None else 2 * head.weight.numel())  # pyright: ignore[reportCallIssue, reportOperatorIssue, reportAttributeAccessIssue]
 
 
-def _check_ids(ids: Tensor, name: str, size: int, ignored: int | None = None) -> None:
-    """Token numbers in range; without a synchronisation on a GPU."""
-    if torch.compiler.is_compiling() or ids.numel() == 0:
-        return
-    wrong = (ids < 0) | (ids >= size)
-    if ignored is not None:
-        wrong &= ids != ignored
-    if ids.device.type == "cpu":
-        if bool(wrong.any()):
-            raise ValueError(
-                f"{name} must lie in [0, {size}), the vocabulary, got {int(ids[wrong][0])}"
-            )
-    else:
-        check_later(~wrong.any(), f"{name} must lie in [0, {size}), the vocabulary")
-
-
 class BackboneMixin:
     """Forward pass of a stack: embed, blocks, final norm.
 
@@ -256,7 +240,7 @@ class BackboneMixin:
         if self.gradient_checkpointing and self.training and past_key_values is None:
             use_cache = False
         if input_ids is not None:
-            _check_ids(input_ids, "input_ids", embed.num_embeddings)
+            check_ids(input_ids, "input_ids", embed.num_embeddings)
         x: Tensor = embed(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = RecurrentCache(config)
@@ -426,7 +410,7 @@ class CausalLMMixin(GeneratingMixin):
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         targets = None
         if labels is not None:
-            _check_ids(labels, "labels", self.config.vocab_size, IGNORED)
+            check_ids(labels, "labels", self.config.vocab_size, IGNORED)
             targets = shift_labels(labels, seq)[:, keep].contiguous()
             _check_targets(targets)
         base = self.base_model(

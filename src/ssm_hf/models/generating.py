@@ -10,12 +10,32 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ssm_hf.cache import RecurrentCache
-from ssm_hf.generation import Request, Session, current_session, decode, open_session, read_request
-from ssm_hf.layers.mixer import all_plain
+from ssm_hf.generation import (
+    Piece,
+    Request,
+    Session,
+    current_session,
+    decode,
+    fits,
+    open_session,
+    read_prompt,
+    read_request,
+)
+from ssm_hf.layers.mixer import Mixer, all_plain
 from ssm_hf.ops.norm_linear import few_rows, norm_linear
-from ssm_hf.sequence import SequenceInfo
+from ssm_hf.ops.packing import compute_dtype
+from ssm_hf.sequence import SequenceInfo, check_ids
 
 _CACHES_THAT_ARE_OURS = (None, "dynamic", "static")
+# What a captured prompt may come with.
+_KNOWN = {
+    "attention_mask",
+    "logits_to_keep",
+    "past_key_values",
+    "position_ids",
+    "return_dict",
+    "use_cache",
+}
 
 
 def check_cache(cache: Any, num_layers: int) -> None:
@@ -146,7 +166,8 @@ class GeneratingMixin:
         cache = model_kwargs.get("past_key_values")
         options = (input_ids, logits_processor, stopping_criteria, generation_config)
         request = _request(self, *options, synced_gpus, cache)
-        with open_session(self, _outlives(generation_config, cache)) as session:
+        visible = _outlives(generation_config, cache)
+        with open_session(self, visible, not generation_config.disable_compile) as session:
             if isinstance(request, str) or cache is None:
                 return super()._sample(*options, synced_gpus, streamer, **model_kwargs)  # pyright: ignore[reportAttributeAccessIssue]
             logits = self._prefill(input_ids, generation_config, model_kwargs).logits[:, -1]
@@ -166,7 +187,8 @@ class GeneratingMixin:
     def _beam_search(self: Any, *args: Any, **kwargs: Any) -> Any:
         """transformers' beam search over captured steps."""
         config, cache = kwargs.get("generation_config"), kwargs.get("past_key_values")
-        with open_session(self, config is None or _outlives(config, cache)):
+        visible = config is None or _outlives(config, cache)
+        with open_session(self, visible, not getattr(config, "disable_compile", False)):
             return super()._beam_search(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _prefill(
@@ -178,16 +200,92 @@ class GeneratingMixin:
         **kwargs: Any,
     ) -> Any:
         """Process the prompt, in chunks if asked to; what follows are single real tokens."""
+        session, outputs = current_session(self), None
         if generation_config.prefill_chunk_size is None or "inputs_embeds" in model_kwargs:
-            outputs = super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+            if session is not None and session.captures:
+                outputs = self._captured_prefill(session, input_ids, model_kwargs)
+            if outputs is None:
+                outputs = super()._prefill(
+                    input_ids, generation_config, model_kwargs, *args, **kwargs
+                )  # pyright: ignore[reportAttributeAccessIssue]
         else:
             outputs = self._chunked_prefill(
                 input_ids, generation_config.prefill_chunk_size, model_kwargs
             )
-        session = current_session(self)
         if session is not None:
             session.prefilled = True
         return outputs
+
+    def _captured_prefill(
+        self: Any, session: Session, input_ids: Tensor, model_kwargs: dict[str, Any]
+    ) -> CausalLMOutputWithPast | None:
+        """The prompt in captured pieces; None where it must be read in another way."""
+        cache = model_kwargs.get("past_key_values")
+        given = {name for name, value in model_kwargs.items() if value is not None}
+        if cache is None or not given <= _KNOWN or self.config.output_hidden_states:
+            return None
+        ids = _new_tokens(input_ids, model_kwargs)
+        batch, length = ids.shape
+        if not length or not fits(batch, length) or cache.batch_size not in (-1, batch):
+            return None
+        if any(layer.record_past for layer in cache.layers):
+            return None
+        positions = model_kwargs.get("position_ids")
+        seq = SequenceInfo.from_inputs(
+            batch,
+            length,
+            attention_mask=model_kwargs.get("attention_mask"),
+            position_ids=None if positions is None else positions[:, -length:],
+            past_length=cache.get_seq_length(),
+        )
+        if seq.seq_idx is not None:
+            return None
+        embed, _, _ = self.base_model._parts()
+        check_ids(ids, "input_ids", embed.num_embeddings)
+        self._begin_states(cache, batch)
+        head = self.get_output_embeddings()
+
+        def make_last() -> Tensor:
+            return embed.weight.new_zeros(batch, 1, embed.embedding_dim, dtype=head.weight.dtype)
+
+        last = read_prompt(session, cache, ids, seq.mask, make_last, self._read_piece)
+        if last is None:
+            return None
+        logits = head(last)
+        return CausalLMOutputWithPast(
+            logits=logits if logits.dtype == torch.float64 else logits.float(),  # pyright: ignore[reportArgumentType]
+            past_key_values=cache,
+        )
+
+    def _begin_states(self: Any, cache: RecurrentCache, batch: int) -> None:
+        """Zeros for the states that stand before a first token, where the cache has none."""
+        for module in self.modules():
+            if not isinstance(module, Mixer) or cache.layers[module.layer_idx].state:
+                continue
+            layer, weight = cache.layers[module.layer_idx], module.in_proj.weight
+            wide = layer.state_dtype or compute_dtype(weight)
+            layer.state = {
+                name: weight.new_zeros(shape, dtype=None if name == "conv_state" else wide)
+                for name, shape in module.state_shapes(batch).items()
+            }
+
+    def _read_piece(self: Any, piece: Piece, cache: RecurrentCache) -> None:
+        """Pass over one piece of a prompt; nothing in it waits for the device."""
+        embed, blocks, norm = self.base_model._parts()
+        update, stream = embed(piece.ids), None
+        if self.config.residual_in_fp32 and update.dtype != torch.float64:
+            update = update.float()
+        seq = SequenceInfo(mask=piece.mask)
+        for block in blocks:
+            update, stream = block(update, stream, seq, past_key_values=cache)
+        position = torch.arange(piece.mask.shape[1], device=piece.mask.device)
+        at = torch.where(piece.mask, position, 0).amax(dim=1)[:, None, None]
+        at = at.expand(-1, 1, update.shape[-1])
+        update, stream = (None if v is None else v.gather(1, at) for v in (update, stream))
+        hidden, _ = norm(update, stream)
+        # A row whose tokens have all come in earlier pieces keeps what it has.
+        new = piece.mask.any(dim=1)[:, None, None]
+        piece.last.copy_(torch.where(new, hidden.to(piece.last.dtype), piece.last))
 
     def _chunked_prefill(
         self: Any, input_ids: Tensor, size: int, model_kwargs: dict[str, Any]
@@ -197,10 +295,7 @@ class GeneratingMixin:
         if cache is None:
             raise ValueError("prefill_chunk_size needs a cache: leave use_cache on")
         positions = model_kwargs.get("position_ids")
-        whole = mask if mask is not None else positions
-        seen = cache.get_seq_length()
-        if seen and (whole is None or whole.shape[1] == input_ids.shape[1]):
-            input_ids = input_ids[:, seen:]
+        input_ids = _new_tokens(input_ids, model_kwargs)
         outputs = None
         for part in input_ids.split(size, dim=1):
             seen = cache.get_seq_length() + part.shape[1]
@@ -262,6 +357,19 @@ class GeneratingMixin:
         hidden, _ = norm(update, stream)
         logits = head(hidden[:, -1].to(head.weight.dtype))
         return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _new_tokens(input_ids: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
+    """Of input_ids, which hold the whole sequence or what is new, the tokens not in the cache."""
+    mask, seen = (
+        model_kwargs.get("attention_mask"),
+        model_kwargs["past_key_values"].get_seq_length(),
+    )
+    # generate() drops a mask of ones; the positions still tell how far the sequence goes.
+    whole = mask if mask is not None else model_kwargs.get("position_ids")
+    if seen and (whole is None or whole.shape[1] == input_ids.shape[1]):
+        return input_ids[:, seen:]
+    return input_ids
 
 
 def _outlives(config: GenerationConfig, cache: Any) -> bool:
