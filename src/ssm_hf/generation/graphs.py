@@ -112,7 +112,7 @@ class ModelGraphs:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.captures: OrderedDict[Hashable, Capture] = OrderedDict()
-        self.signature: Hashable = None
+        self.signature: object = None
         self.failed: set[Hashable] = set()
         self._done: torch.cuda.Event | None = None
         self._pool: Any = None
@@ -204,16 +204,34 @@ def why_no_graph(model: nn.Module, device: torch.device) -> str | None:
         return "autocast is on; load the model in the wanted dtype instead"
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return "a graph is being captured around it"
-    for name, module in model.named_modules():
-        ours = type(module).__module__.split(".")[0] == "ssm_hf"
-        if not ours and type(module) not in (nn.Embedding, nn.Linear, nn.ModuleList, nn.Dropout,
-                                             nn.Identity):  # fmt: skip
-            return f"{name} is a {type(module).__name__}, which may change what it does"
+    for module in _modules(model):
+        if not _is_known(type(module)):
+            kind = type(module).__name__
+            return f"{_name(model, module)} is a {kind}, which may change what it does"
         if not has_own_forward(module):
-            return f"{name} carries a hook, an adapter or a quantised weight"
-    if any(p.device != device for p in model.parameters()):
-        return f"its weights do not all lie on {device}"
+            return f"{_name(model, module)} carries a hook, an adapter or a quantised weight"
+        for p in module._parameters.values():
+            if p is not None and p.device != device:
+                return f"its weights do not all lie on {device}"
     return None
+
+
+@functools.cache
+def _is_known(module: type[nn.Module]) -> bool:
+    ours = module.__module__.split(".")[0] == "ssm_hf"
+    return ours or module in (nn.Embedding, nn.Linear, nn.ModuleList, nn.Dropout, nn.Identity)
+
+
+def _modules(model: nn.Module) -> list[nn.Module]:
+    """All modules; `model.modules()` takes several times as long."""
+    found = [model]
+    for module in found:
+        found += [child for child in module._modules.values() if child is not None]
+    return found
+
+
+def _name(model: nn.Module, module: nn.Module) -> str:
+    return next(name for name, other in model.named_modules() if other is module)
 
 
 def tell_once(reason: str) -> None:
@@ -261,9 +279,14 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return streams[device]
 
 
-def _signature(model: nn.Module) -> Hashable:
-    tensors = [*model.parameters(), *model.buffers()]
-    return model.training, tuple((t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors)
+def _signature(model: nn.Module) -> object:
+    return model.training, [
+        (t.data_ptr(), t.dtype, t.shape, t.stride())
+        for module in _modules(model)
+        for tensors in (module._parameters, module._buffers)
+        for t in tensors.values()
+        if t is not None
+    ]
 
 
 def _flags() -> tuple[Hashable, ...]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 
 # (kernel, architecture) -> {size class: {"BLOCK_...": ..., "num_warps": ..., "num_stages": ...}}
 # Written by `python -m benchmarks.tune`; nothing is tuned while a program runs.
@@ -64,6 +65,27 @@ def overlapping(wanted: bool, device: torch.device) -> dict[str, bool]:
     if OVERLAP and wanted and major.isdigit() and int(major) >= 9:
         return {"OVERLAP": True, "launch_pdl": True}
     return {"OVERLAP": False}
+
+
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.dtype, type(None), bool, int, float, list})
+
+
+def call(op: CustomOpDef, *args: Any) -> Any:
+    """op(*args), without the operator's dispatch where nobody takes part in it.
+
+    In plain inference the dispatch costs as much time of the host as the launch: no gradients, no
+    tracing or transforms, no modes, no subclasses of tensors.
+    """
+    if (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or not _PLAIN.issuperset(map(type, args))
+    ):
+        return op(*args)
+    return op._init_fn(*args)
 
 
 def common_unit(*strides: int) -> int:

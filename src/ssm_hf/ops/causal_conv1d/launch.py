@@ -12,7 +12,7 @@ from ssm_hf.ops.causal_conv1d.kernels import (
     causal_conv1d_fwd_kernel,
     real_first_kernel,
 )
-from ssm_hf.ops.launch import KERNEL_DTYPES, check_tensors, common_unit, on_device, tuned
+from ssm_hf.ops.launch import KERNEL_DTYPES, call, check_tensors, common_unit, on_device, tuned
 
 # From so many elements on there are enough long pieces of the rows to fill a GPU.
 _LARGE = 1 << 25
@@ -296,7 +296,7 @@ def causal_conv1d_triton(
     )
     order = counts = None
     if mask is not None:
-        order, counts = _real_first(mask)
+        order, counts = call(_real_first, mask)
     if cu_seqlens is not None:
         token = torch.arange(x.shape[1], device=x.device)
         seq_idx = torch.searchsorted(cu_seqlens, token, right=True)[None] - 1
@@ -305,7 +305,8 @@ def causal_conv1d_triton(
             real = F.pad(mask[0].cumsum(dim=0), (1, 0))
             cu_seqlens = real[cu_seqlens.long()]
         cu_seqlens = cu_seqlens.int()
-    return _forward(
+    return call(
+        _forward,
         x,
         weight,
         bias,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ssm_hf.ops.launch import (
     KERNEL_DTYPES,
+    call,
     check_tensors,
     common_unit,
     on_device,
@@ -292,7 +293,7 @@ def rms_norm_triton(
     """As `rms_norm_torch`, in one kernel each way."""
     check_tensors("rms_norm", KERNEL_DTYPES, x=x, weight=weight, gate=gate)
     size = x.shape[-1] if group_size is None else group_size
-    return _forward(x, None, gate, weight, eps, size, norm_before_gate, x.dtype)[0]
+    return call(_forward, x, None, gate, weight, eps, size, norm_before_gate, x.dtype)[0]
 
 
 def add_rms_norm_triton(
@@ -300,5 +301,5 @@ def add_rms_norm_triton(
 ) -> tuple[Tensor, Tensor]:
     """As `add_rms_norm_torch`, in one kernel each way."""
     check_tensors("add_rms_norm", KERNEL_DTYPES, x=x, residual=residual, weight=weight)
-    y, total, _ = _forward(x, residual, None, weight, eps, x.shape[-1], False, dtype)
+    y, total, _ = call(_forward, x, residual, None, weight, eps, x.shape[-1], False, dtype)
     return y, x if residual is None else total

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ssm_hf.ops.launch import (
     KERNEL_DTYPES,
+    call,
     check_tensors,
     on_device,
     processors,
@@ -371,7 +372,15 @@ def selective_scan_triton(
         seq_idx = document_numbers(seq_idx, mask)
     save = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)
     lowest, highest = dt_limit
-    y, state, _ = _forward(
-        *inputs, seq_idx, cu_seqlens, mask, dt_softplus, float(lowest), float(highest), save
+    y, state, _ = call(
+        _forward,
+        *inputs,
+        seq_idx,
+        cu_seqlens,
+        mask,
+        dt_softplus,
+        float(lowest),
+        float(highest),
+        save,
     )
     return y, state

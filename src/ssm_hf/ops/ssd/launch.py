@@ -498,8 +498,8 @@ def ssd_triton(
     D, dt_bias, initial_state = (
         None if t is None else t.contiguous() for t in (D, dt_bias, initial_state)
     )
-    y, state, _ = _forward(
-        x, dt, A.contiguous(), B, C, D, z, dt_bias, initial_state, doc, cu_seqlens, mask,
+    y, state, _ = common.call(
+        _forward, x, dt, A.contiguous(), B, C, D, z, dt_bias, initial_state, doc, cu_seqlens, mask,
         dt_softplus, float(dt_limit[0]), float(dt_limit[1]),
     )  # fmt: skip
     return y, state
