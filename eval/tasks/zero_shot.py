@@ -17,14 +17,13 @@ from eval.documents import read_rows
 
 class ZeroShotTask(NamedTuple):
     """folder: of the task's YAML in lm_eval/tasks. reported: metrics in the papers' tables, first
-    the one that enters the papers' mean. columns: that a local file must have."""
+    the main one. columns: that a local file must have."""
 
     folder: str
     reported: tuple[str, ...]
     columns: tuple[str, ...]
 
 
-# OpenBookQA is acc_norm in the Mamba-2 paper and acc in the Mamba-3 paper; reports show both.
 ZERO_SHOT_TASKS = {
     "lambada_openai": ZeroShotTask("lambada", ("acc", "perplexity"), ("text",)),
     "hellaswag": ZeroShotTask(
@@ -37,12 +36,10 @@ ZERO_SHOT_TASKS = {
         "winogrande", ("acc",), ("sentence", "option1", "option2", "answer")
     ),
     "openbookqa": ZeroShotTask(
-        "openbookqa", ("acc_norm",), ("question_stem", "choices", "answerKey")
+        "openbookqa", ("acc_norm", "acc"), ("question_stem", "choices", "answerKey")
     ),
     "boolq": ZeroShotTask("super_glue/boolq", ("acc",), ("passage", "question", "label")),
 }
-# The mean in the Mamba-2 paper's tables; BoolQ is not part of it.
-AVERAGED_TASKS = tuple(name for name in ZERO_SHOT_TASKS if name != "boolq")
 
 
 def check_tasks(files: Mapping[str, str | None]) -> None:
@@ -73,10 +70,11 @@ def build_tasks(files: Mapping[str, str | None]) -> tuple[list[dict[str, Any]], 
         ValueError, FileNotFoundError: see `check_tasks`.
     """
     check_tasks(files)
-    members: list[str | dict[str, Any]] = []
+    members: list[dict[str, Any]] = []
     for name, file in files.items():
         if file is None:
-            members.append(name)
+            # Not the bare name: the harness does not take a group whose members are all names.
+            members.append({"task": name})
             continue
         # Absolute: `datasets` resolves a relative path against the working directory.
         data_files = {"test": str(Path(file).resolve())}
