@@ -1,0 +1,187 @@
+"""The thirteen tasks, and the making of their samples."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from random import Random
+from typing import Literal
+
+from eval.ruler import compat
+from eval.ruler.chains import TrackedChain
+from eval.ruler.counting import CommonWords, FrequentWords, choose_repeats
+from eval.ruler.fit import Frame, Plan, Sample, fit
+from eval.ruler.needles import EssayNeedles, Hidden, NeedleNeedles, NeedleSpec, NoiseNeedles, Text
+from eval.ruler.questions import Questions, load_questions
+from eval.ruler.sources import (
+    Haystack,
+    SortedPairs,
+    counted_words,
+    key_words,
+    load_haystack,
+    read_lines,
+    wonderwords,
+)
+from eval.ruler.tokens import TokenCounter
+
+Metric = Literal["all", "any"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task.
+
+    Args:
+        category: "retrieval", "tracking", "aggregation" or "questions".
+        budget: most tokens of an answer.
+        needles: what a needle task hides; None for others.
+        questions: "squad" or "hotpotqa"; None for others.
+        metric: "all" scores the share of the references found, "any" whether one was.
+    """
+
+    category: str
+    budget: int
+    needles: NeedleSpec | None = None
+    questions: str | None = None
+    metric: Metric = "all"
+
+
+def _needles(*spec: str, keys: int = 1, values: int = 1, queries: int = 1) -> Task:
+    needles = NeedleSpec(*spec, keys=keys, values=values, queries=queries)  # pyright: ignore
+    return Task("retrieval", 128, needles=needles)
+
+
+TASKS = {
+    "niah_single_1": _needles("noise", "words", "numbers"),
+    "niah_single_2": _needles("essay", "words", "numbers"),
+    "niah_single_3": _needles("essay", "words", "uuids"),
+    "niah_multikey_1": _needles("essay", "words", "numbers", keys=4),
+    "niah_multikey_2": _needles("needle", "words", "numbers"),
+    "niah_multikey_3": _needles("needle", "uuids", "uuids"),
+    "niah_multivalue": _needles("essay", "words", "numbers", values=4),
+    "niah_multiquery": _needles("essay", "words", "numbers", keys=4, queries=4),
+    "vt": Task("tracking", 30),
+    "cwe": Task("aggregation", 120),
+    "fwe": Task("aggregation", 50),
+    "qa_1": Task("questions", 32, questions="squad", metric="any"),
+    "qa_2": Task("questions", 32, questions="hotpotqa", metric="any"),
+}
+CATEGORIES = tuple(dict.fromkeys(task.category for task in TASKS.values()))
+
+
+class Maker:
+    """Makes samples with one tokenizer from one set of texts.
+
+    Args:
+        counter: of the tokenizer.
+        frame: around every prompt.
+        seed: samples are a function of it, the task, the length and their number.
+        haystack: file of the running text, or None for the novel that comes with the project.
+        splitter: "builtin" or "punkt", what finds its sentences.
+        squad, hotpotqa: sources of the questions, see `load_questions`.
+        compat: as NVIDIA's scripts do, with the words of wonderwords.
+        english_words: file of more words for `compat` to count at great lengths, one a line; None
+            takes those of the project.
+        reserved: keys of the words that training documents use.
+    """
+
+    def __init__(
+        self,
+        counter: TokenCounter,
+        frame: Frame,
+        *,
+        seed: int,
+        haystack: str | None = None,
+        splitter: str = "builtin",
+        squad: str = "",
+        hotpotqa: str = "",
+        compat: bool = False,
+        english_words: str | None = None,
+        reserved: bool = False,
+    ) -> None:
+        self.counter, self.frame, self.seed = counter, frame, seed
+        self.compat, self.reserved = compat, reserved
+        self._haystack, self._splitter = haystack, splitter
+        self._sources = {"squad": squad, "hotpotqa": hotpotqa}
+        self._english_words = english_words
+        self._questions: dict[str, Questions] = {}
+
+    @cached_property
+    def haystack(self) -> Haystack:
+        return load_haystack(self._haystack, self._splitter)
+
+    @cached_property
+    def _text(self) -> Text:
+        return Text(self.haystack, self.counter)
+
+    def samples(self, name: str, length: int, count: int) -> Iterator[Sample]:
+        """Yield the first `count` samples of a task at a length.
+
+        Raises:
+            TooShortError: the task does not fit in `length` tokens.
+        """
+        task = TASKS[name]
+        if self.compat:
+            return self._compat_samples(name, task, length, count)
+        room = length - task.budget - self.frame.prefix_tokens
+        plans = (self.plan(name, length, room, index) for index in range(count))
+        return fit(
+            plans, self.counter, self.frame, length=length, budget=task.budget, name=name
+        )
+
+    def plan(self, name: str, length: int, room: int, index: int) -> Plan:
+        """Make sample number `index`, all but its size."""
+        task, counter = TASKS[name], self.counter
+        rng = Random(f"{self.seed}/{name}/{length}/{index}")
+        if task.needles is not None:
+            hidden = Hidden(rng, task.needles, lambda rng: key_words().draw(rng, self.reserved))
+            if task.needles.haystack == "noise":
+                return NoiseNeedles(rng, hidden, counter)
+            if task.needles.haystack == "needle":
+                return NeedleNeedles(rng, hidden, counter)
+            return EssayNeedles(rng, hidden, counter, self._text, room)
+        if task.questions is not None:
+            return self.questions(task.questions).plan(rng, index, room)
+        if name == "vt":
+            return TrackedChain(rng, counter, length)
+        if name == "fwe":
+            return FrequentWords(rng, counter, (length - task.budget) // 50)
+        # One choice for all samples of a length, by a sample that is not among them.
+        chooser = Random(f"{self.seed}/{name}/{length}")
+        repeats = choose_repeats(chooser, counter, counted_words(), length, room)
+        return CommonWords(rng, counter, counted_words(), room, repeats)
+
+    def questions(self, kind: str) -> Questions:
+        """Return the questions of "squad" or "hotpotqa" in the order of the samples."""
+        if kind not in self._questions:
+            data = load_questions(kind, self._sources[kind])
+            self._questions[kind] = Questions(data, self.counter, f"{self.seed}/{kind}")
+        return self._questions[kind]
+
+    def _compat_samples(
+        self, name: str, task: Task, length: int, count: int
+    ) -> Iterator[Sample]:
+        def maker(stream: compat.Stream) -> compat.Maker:
+            if task.needles is not None:
+                words = SortedPairs(wonderwords("adjective"), wonderwords("noun"))
+                return compat.Needles(stream, task.needles, words, self.haystack, length)
+            if task.questions is not None:
+                data = load_questions(task.questions, self._sources[task.questions])
+                return compat.Documents(stream, data)
+            kinds = "noun", "adjective", "verb"
+            words = [word for kind in kinds for word in wonderwords(kind)]
+            more = self._english_words
+            return compat.CommonWords(
+                stream, words, read_lines(more) if more else counted_words(), length
+            )
+
+        common = {
+            "counter": self.counter,
+            "frame": self.frame,
+            "length": length,
+            "budget": task.budget,
+            "samples": count,
+            "seed": self.seed,
+        }
+        if name == "fwe":
+            return compat.compat_frequent_words(**common)
+        return compat.compat_samples(maker, name=name, chained=name == "vt", **common)
