@@ -9,7 +9,7 @@ from transformers import initialization as init
 
 from ssm_hf.cache import RecurrentCache, RecurrentLayer, State
 from ssm_hf.layers.init import dt_bias_values, log_uniform_values
-from ssm_hf.layers.linear import Linear
+from ssm_hf.layers.linear import Linear, linear_dtype
 from ssm_hf.layers.mixer import (
     CausalConv1d,
     Initialization,
@@ -25,6 +25,7 @@ from ssm_hf.layers.mixer import (
 )
 from ssm_hf.layers.norm import ResidualNorm, RMSNorm
 from ssm_hf.ops import ssd
+from ssm_hf.ops.mamba2_mix import mamba2_mix
 from ssm_hf.ops.norm_linear import few_rows, norm_linear
 from ssm_hf.ops.packing import compute_dtype
 from ssm_hf.ops.ssd.step import mamba2_step
@@ -162,6 +163,8 @@ class Mamba2Mixer(Mixer):
         layer, state = self._layer(past_key_values, conv_in)
         if layer is not None and is_plain_step(x, seq, layer) and all_plain(self.conv1d, self.norm):
             return self.out_proj(self._step(proj[:, 0], layer, self.norm)[:, None])
+        if layer is None and self.mlp_size == 0 and all_plain(self.conv1d, self.norm):
+            return self._mix(proj, seq)
         keep = layer is not None
         conv_out, conv_state = self.conv1d(conv_in, seq, state.get("conv_state"), keep)
         grouped = self.n_groups * self.state_size
@@ -176,7 +179,7 @@ class Mamba2Mixer(Mixer):
             B,
             C,
             chunk_size=self.chunk_size,
-            D=self.D.view(self.num_heads, -1) if self.D.shape[0] != self.num_heads else self.D,
+            D=self._skip(),
             z=z.unflatten(-1, (self.num_heads, self.head_dim)) if self.norm is None else None,
             dt_bias=self.dt_bias,
             dt_softplus=True,
@@ -199,6 +202,34 @@ class Mamba2Mixer(Mixer):
                 layer.record(_replay, inputs, {"A": A, **self.conv1d.replay_constants(conv_in)})
             layer.write({"conv_state": conv_state, "ssm_state": ssm_state})
         return self.out_proj(y)
+
+    def _skip(self) -> Tensor:
+        """D by heads (H,) or by channels (H, P)."""
+        return self.D if self.D.shape[0] == self.num_heads else self.D.view(self.num_heads, -1)
+
+    def _mix(self, proj: Tensor, seq: SequenceInfo) -> Tensor:
+        """Everything after in_proj, from no state to none, as one operator."""
+        conv, norm, out = self.conv1d, self.norm, self.out_proj
+        whole = all_plain(out) and linear_dtype(out.weight) == proj.dtype
+        mixed = mamba2_mix(
+            proj,
+            conv.weight[:, 0],
+            conv.bias,
+            -torch.exp(self.A_log.to(compute_dtype(self.A_log))),
+            self._skip(),
+            self.dt_bias,
+            None if norm is None else norm.weight,
+            out.weight if whole else None,
+            out.bias if whole else None,
+            n_groups=self.n_groups,
+            chunk_size=self.chunk_size,
+            dt_limit=self.time_step_limit,
+            norm_eps=0.0 if norm is None else norm.eps,
+            norm_before_gate=norm is not None and norm.norm_before_gate,
+            seq_idx=seq.seq_idx,
+            mask=seq.mask,
+        )
+        return mixed if whole else out(mixed)
 
     def _step(
         self, proj: Tensor, layer: RecurrentLayer, norm: RMSNorm | None, fused: bool = False

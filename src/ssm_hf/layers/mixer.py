@@ -105,6 +105,8 @@ def has_own_forward(module: nn.Module) -> bool:
         "forward" not in module.__dict__
         and not module._forward_hooks
         and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
         and all(p is None or type(p) is nn.Parameter for p in module._parameters.values())
     )
 

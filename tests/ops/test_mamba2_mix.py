@@ -1,0 +1,121 @@
+"""The inside of a Mamba-2 mixer: the one operator against the single ones."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ssm_hf.ops.mamba2_mix import mamba2_mix
+from ssm_hf.ops.packing import document_numbers
+from tests.helpers import kernel_device, relative_error
+
+DEVICE = kernel_device()
+BATCH, LENGTH, HEADS, HEAD_DIM, STATES, TAPS, OUT = 2, 19, 2, 16, 16, 4, 24
+INNER = HEADS * HEAD_DIM
+slow = pytest.mark.slow
+
+
+def _leaves(
+    *, groups: int = 1, norm: bool = True, out: bool = True, bias: bool = True, D: int = 1
+) -> dict[str, Tensor | None]:
+    channels = INNER + 2 * groups * STATES
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, device=DEVICE)
+
+    return {
+        "proj": randn(BATCH, LENGTH, INNER + channels + HEADS),
+        "conv_weight": randn(channels, TAPS),
+        "conv_bias": randn(channels) if bias else None,
+        "A": -torch.rand(HEADS, device=DEVICE),
+        "D": randn(HEADS) if D == 1 else randn(HEADS, HEAD_DIM),
+        "dt_bias": randn(HEADS),
+        "norm_weight": randn(INNER) if norm else None,
+        "out_weight": randn(OUT, INNER) / INNER**0.5 if out else None,
+        "out_bias": randn(OUT) if out and bias else None,
+    }
+
+
+def _packing(padded: bool, packed: bool) -> dict[str, Tensor | None]:
+    mask = torch.rand(BATCH, LENGTH, device=DEVICE) > 0.2 if padded else None
+    number = (torch.rand(BATCH, LENGTH, device=DEVICE) > 0.8).cumsum(dim=1)
+    return {"mask": mask, "seq_idx": document_numbers(number, mask) if packed else None}
+
+
+def _outputs(
+    leaves: dict[str, Tensor | None], dtype: torch.dtype, impl: str, **options: Any
+) -> dict[str, Tensor]:
+    given = {
+        name: None if leaf is None else leaf.to(dtype, copy=True).requires_grad_()
+        for name, leaf in leaves.items()
+    }
+    y = mamba2_mix(**given, **options, impl=impl)  # pyright: ignore[reportArgumentType]
+    generator = torch.Generator(DEVICE).manual_seed(1)
+    weight = torch.randn(y.shape, generator=generator, device=DEVICE).to(dtype)
+    present = {name: leaf for name, leaf in given.items() if leaf is not None}
+    grads = torch.autograd.grad((y * weight).sum(), list(present.values()))
+    return {"y": y, **dict(zip(present, grads, strict=True))}
+
+
+@pytest.mark.parametrize(
+    ("padded", "packed"),
+    [(False, False), (True, True), pytest.param(True, False, marks=slow),
+     pytest.param(False, True, marks=slow)],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ({}, {}),
+        ({"groups": 2, "D": 2}, {"norm_before_gate": True}),
+        ({"out": False, "bias": False}, {"dt_limit": (0.01, 1.0)}),
+        ({"norm": False}, {}),
+        ({"norm": False, "out": False}, {}),
+    ],
+    ids=["whole", "grouped", "without out_proj", "without norm", "scan alone"],
+)
+def test_kernels_equal_the_operators_one_after_another(
+    shape: dict[str, Any], options: dict[str, Any], padded: bool, packed: bool
+) -> None:
+    leaves = _leaves(**shape)
+    options = {"n_groups": shape.get("groups", 1), **options, **_packing(padded, packed)}
+    got = _outputs(leaves, torch.float32, "triton", **options)
+    for name, right in _outputs(leaves, torch.float64, "reference", **options).items():
+        # fp32 rounding; the gradients of A and dt_bias are sums of terms of both signs.
+        tolerance = 5e-5 if name in ("A", "dt_bias") else 2e-6
+        assert got[name].shape == right.shape, name
+        assert relative_error(got[name], right) < tolerance, name
+
+
+def test_frozen_weights_get_no_gradient() -> None:
+    leaves = {name: t for name, t in _leaves().items() if t is not None}
+    proj = leaves["proj"].requires_grad_()
+    mamba2_mix(**leaves, n_groups=1, impl="triton").sum().backward()  # pyright: ignore[reportArgumentType]
+    assert proj.grad is not None
+    assert all(t.grad is None for name, t in leaves.items() if name != "proj")
+
+
+def test_only_proj_and_what_the_scan_gave_are_kept() -> None:
+    kept: dict[int, int] = {}
+
+    def keep(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.numel()
+        return t
+
+    leaves = {name: None if t is None else t.requires_grad_() for name, t in _leaves().items()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        mamba2_mix(**leaves, n_groups=1, impl="triton")  # pyright: ignore[reportArgumentType]
+    proj = leaves["proj"]
+    assert proj is not None
+    large = [numel for numel in kept.values() if numel >= BATCH * LENGTH * HEADS]
+    assert sorted(large) == sorted([proj.numel(), BATCH * LENGTH * INNER, OUT * INNER])
+
+
+def test_wrong_shapes_are_named() -> None:
+    leaves = _leaves()
+    with pytest.raises(ValueError, match="norm_weight must have shape"):
+        mamba2_mix(**{**leaves, "norm_weight": torch.ones(3)}, n_groups=1)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="n_groups must divide"):
+        mamba2_mix(**leaves, n_groups=3)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="proj must have shape"):
+        mamba2_mix(**{**leaves, "proj": torch.ones(1, 2, 3)}, n_groups=1)  # pyright: ignore[reportArgumentType]
