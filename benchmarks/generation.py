@@ -4,18 +4,18 @@
 
 Weights are random, in bf16, with the shapes of configs/model/*.json. Before a time is printed the
 tokens of a small model of the same family are compared in fp32: captured steps, steps one by one,
-and whole forward passes without a cache must agree.
+whole forward passes without a cache and transformers' loop must agree.
 
-Measures: `replay_ms` is the captured step alone, back to back; `ms_per_token` is what a token adds
-to a `generate` call, host included; `call_ms` the call of `new_tokens` tokens with its prefill.
+Measures: `ms_per_token` is a whole `generate` call, prefill and host included, by its new tokens;
+`added_ms_per_token` what a token adds to a call; `replay_ms` the captured step alone, back to back;
+`first_token_ms` a call for one token.
 """
 
 import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from transformers import (
 import ssm_hf
 from benchmarks.common import RESULTS, ROOT, append, record, wall_ms
 from benchmarks.peers import without_cuda_scan
+from ssm_hf import RecurrentCache
 from ssm_hf.generation.graphs import forget_graphs, graphs_of
 
 MODELS = ("mamba2-130m", "mamba-130m", "mamba2-2.7b", "mamba-2.8b")
@@ -43,6 +44,9 @@ class Unknown(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         return scores
+
+
+THEIR_LOOP = {"logits_processor": LogitsProcessorList([Unknown()])}
 
 
 def case_of(name: str, batch: int) -> str:
@@ -60,32 +64,23 @@ def build(name: str, dtype: torch.dtype = torch.bfloat16, **overrides: Any) -> P
     return model
 
 
-@contextmanager
-def uncaptured(model: PreTrainedModel) -> Iterator[None]:
-    """Steps run one by one: a hook keeps them from being captured."""
-    handle = model.get_output_embeddings().register_forward_hook(lambda *_: None)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def generate(model: PreTrainedModel, ids: Tensor, new: int, **options: Any) -> Tensor:
     return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, **options)
 
 
 def check(name: str) -> None:
     """Raise unless all ways to the next token give the same one in fp32."""
-    model = build(name, torch.float32, num_hidden_layers=4)
-    ids = torch.randint(3, 1000, (2, 50), device="cuda")
-    captured = generate(model, ids, 100)
-    with uncaptured(model):
-        stepped = generate(model, ids, 100)
-    whole = generate(model, ids, 100, use_cache=False)
-    theirs = generate(model, ids, 100, logits_processor=LogitsProcessorList([Unknown()]))
-    for way, tokens in {"stepped": stepped, "whole": whole, "transformers' loop": theirs}.items():
-        if not torch.equal(captured, tokens):
+    model = build(name, torch.float32, num_hidden_layers=3, vocab_size=1000)
+    ids = torch.randint(3, 1000, (2, 300), device="cuda")
+    captured = [generate(model, ids, 16) for _ in range(2)][-1]
+    for way, options in {
+        "steps one by one": {"disable_compile": True},
+        "whole passes": {"use_cache": False},
+        "transformers' loop": THEIR_LOOP,
+    }.items():
+        if not torch.equal(captured, generate(model, ids, 16, **options)):
             raise SystemExit(f"{name}: captured steps and {way} give different tokens")
+    print(f"{name.split('-')[0]}: tokens agree", flush=True)
 
 
 def seconds(run: Callable[[], object], repeats: int = 3) -> float:
@@ -100,49 +95,64 @@ def seconds(run: Callable[[], object], repeats: int = 3) -> float:
     return statistics.median(times)
 
 
-def per_token_ms(call: Callable[[int], object], short: int, long: int) -> float:
-    """What a token adds to a call."""
-    call(short)
-    return 1e3 * (seconds(lambda: call(long)) - seconds(lambda: call(short))) / (long - short)
-
-
-def replay_ms(model: PreTrainedModel) -> float:
-    """The last captured step, back to back."""
+def replay_ms(model: PreTrainedModel) -> float | None:
+    """The step captured last, back to back; None where the capture was too large to be kept."""
     captures = list(graphs_of(model).captures.values())
-    graph = next(g for g in reversed(captures[-1].graphs.values()) if g is not None)
-    return wall_ms(graph.replay)
+    if not captures:
+        return None
+    steps = [g for key, g in captures[-1].graphs.items() if key != "prompt" and g is not None]
+    return wall_ms(steps[-1].replay)
 
 
-def ours(model: PreTrainedModel, batch: int, prompt: int, new: int) -> dict[str, float]:
+def of_calls(call: Callable[[int], object], new: int, repeats: int = 3) -> dict[str, float]:
+    """Times of whole calls: a token's share of a long one, and what a token adds."""
+    short = max(new // 5, 2)
+    first, few, many = (1e3 * seconds(lambda n=n: call(n), repeats) for n in (1, short, new))
+    return {
+        "ms_per_token": many / new,
+        "added_ms_per_token": (many - few) / (new - short),
+        "first_token_ms": first,
+    }
+
+
+def ours(
+    model: PreTrainedModel, batch: int, prompt: int, new: int, state: torch.dtype | None
+) -> dict[str, float]:
     ids = torch.randint(3, 50000, (batch, prompt), device="cuda")
+
+    def call(tokens: int, **options: Any) -> None:
+        if state is not None:
+            options["past_key_values"] = RecurrentCache(model.config, state_dtype=state)
+        generate(model, ids, tokens, **options)
+
     forget_graphs(model)
-    first = seconds(lambda: generate(model, ids, 4), repeats=1)
-    values = {"first_call_s": first}
-    short, long = max(new // 5, 4), new
-    greedy = lambda n: generate(model, ids, n)  # noqa: E731
-    values["ms_per_token"] = per_token_ms(greedy, short, long)
+    values: dict[str, float | None] = {"first_call_s": seconds(lambda: call(4), 1)}
+    values["second_call_s"] = seconds(lambda: call(4), 1)
+    values |= of_calls(call, new)
     values["replay_ms"] = replay_ms(model)
-    values["call_ms"] = 1e3 * seconds(lambda: greedy(long))
-    values["sampled_ms_per_token"] = per_token_ms(
-        lambda n: generate(model, ids, n, **SAMPLED), short, long
-    )
-    values["sampled_replay_ms"] = replay_ms(model)
-    loop = LogitsProcessorList([Unknown()])
-    values["transformers_loop_ms_per_token"] = per_token_ms(
-        lambda n: generate(model, ids, n, logits_processor=loop), short, long
-    )
-    values["transformers_loop_sampled_ms_per_token"] = per_token_ms(
-        lambda n: generate(model, ids, n, logits_processor=loop, **SAMPLED), short, long
-    )
-    return values
+    if state is None:
+        call(4, **SAMPLED)
+        call(4, **SAMPLED)
+        many = 1e3 * seconds(lambda: call(new, **SAMPLED), 1)
+        values["sampled_ms_per_token"] = many / new
+        values["sampled_replay_ms"] = replay_ms(model)
+    if state is None and model.num_parameters() < 1e9:
+        few = max(new // 10, 2)
+        call(few, **THEIR_LOOP)
+        their = 1e3 * seconds(lambda: call(few, **THEIR_LOOP), 2)
+        values["transformers_loop_ms_per_token"] = (their - values["first_token_ms"]) / few
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def prefill(model: PreTrainedModel, batch: int, prompt: int) -> dict[str, float]:
+    """`ms`: `generate` of one token; `forward_ms`: the model called as a function."""
     ids = torch.randint(3, 50000, (batch, prompt), device="cuda")
+    one = lambda: generate(model, ids, 1)  # noqa: E731
+    one(), one()
     with torch.no_grad():
         run = lambda: model(ids, use_cache=True, logits_to_keep=1)  # noqa: E731
         run()
-        return {"ms": 1e3 * seconds(run, 7)}
+        return {"ms": 1e3 * seconds(one, 7), "forward_ms": 1e3 * seconds(run, 7)}
 
 
 def peer(name: str, batch: int, prompt: int, new: int) -> dict[str, float]:
@@ -171,7 +181,7 @@ def peer(name: str, batch: int, prompt: int, new: int) -> dict[str, float]:
         model.generate(ids, max_length=prompt + tokens, cg=True, top_k=1, enable_timing=False)
 
     call(new)
-    return {"ms_per_token": per_token_ms(call, max(new // 5, 4), new)}
+    return of_calls(call, new, repeats=2)
 
 
 def main() -> None:
@@ -180,33 +190,49 @@ def main() -> None:
     parser.add_argument("--batches", default="1,64")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--new", type=int, default=250)
-    parser.add_argument("--peers", action="store_true", help="time mamba_ssm too")
+    parser.add_argument("--peers", action="store_true", help="time mamba_ssm instead")
     parser.add_argument("--output", default=str(RESULTS / "generation.jsonl"))
     args = parser.parse_args()
+    batches = [int(b) for b in args.batches.split(",")]
+    names = args.models.split(",")
     ssm_hf.register(override=True)
-    for family in sorted({n.split("-")[0] for n in args.models.split(",")}, reverse=True):
+    if args.peers:
+        for name in names:
+            for batch in batches:
+                time_peer(args, name, batch)
+        return
+    for family in sorted({n.split("-")[0] for n in names}, reverse=True):
         check(f"{family}-130m")
-        print(f"{family}: tokens agree", flush=True)
-    for name in args.models.split(","):
+    for name in names:
         model = build(name)
-        family = name.split("-")[0]
         if "130m" in name:
             values = prefill(model, 1, args.prompt)
-            write(args.output, f"prefill-130m-{family}", "ssm_hf", values, {"B": 1})
-        for batch in map(int, args.batches.split(",")):
-            shape = {"B": batch, "prompt": args.prompt, "new": args.new}
-            values = ours(model, batch, args.prompt, args.new)
-            write(args.output, case_of(name, batch), "ssm_hf", values, shape)
+            case = f"prefill-130m-{name.split('-')[0]}"
+            write(args.output, case, "ssm_hf", values, {"B": 1, "prompt": args.prompt})
+        for batch in batches:
+            for state in (None, torch.bfloat16) if batch > 1 else (None,):
+                shape = {"B": batch, "prompt": args.prompt, "new": args.new}
+                values = ours(model, batch, args.prompt, args.new, state)
+                provider = "ssm_hf" if state is None else "ssm_hf, states in bf16"
+                write(args.output, case_of(name, batch), provider, values, shape)
+                forget_graphs(model)
+                torch.cuda.empty_cache()
         del model
         torch.cuda.empty_cache()
-        for batch in map(int, args.batches.split(",") if args.peers else []):
-            shape = {"B": batch, "prompt": args.prompt, "new": args.new}
-            try:
-                values, why = peer(name, batch, args.prompt, args.new), {}
-            except (ImportError, RuntimeError, NameError, TypeError) as error:
-                values, why = {}, {"reason": f"{type(error).__name__}: {error}"[:300]}
-            write(args.output, case_of(name, batch), "mamba_ssm", values, shape, **why)
-            torch.cuda.empty_cache()
+
+
+def time_peer(args: argparse.Namespace, name: str, batch: int) -> None:
+    shape = {"B": batch, "prompt": args.prompt, "new": args.new}
+    try:
+        values, why = peer(name, batch, args.prompt, args.new), {}
+    except (ImportError, RuntimeError, NameError, TypeError) as error:
+        values, why = {}, {"reason": f"{type(error).__name__}: {error}"[:300]}
+    write(args.output, case_of(name, batch), "mamba_ssm", values, shape, **why)
+    if values and "130m" in name and batch == 1:
+        first = {"ms": values["first_token_ms"]}
+        case = f"prefill-130m-{name.split('-')[0]}"
+        write(args.output, case, "mamba_ssm", first, {"B": 1, "prompt": args.prompt})
+    torch.cuda.empty_cache()
 
 
 def write(path: str, case: str, provider: str, values: dict[str, float], shape: dict[str, int],

@@ -205,9 +205,8 @@ class GeneratingMixin:
             if session is not None and session.captures:
                 outputs = self._captured_prefill(session, input_ids, model_kwargs)
             if outputs is None:
-                outputs = super()._prefill(
-                    input_ids, generation_config, model_kwargs, *args, **kwargs
-                )  # pyright: ignore[reportAttributeAccessIssue]
+                given = (input_ids, generation_config, model_kwargs, *args)
+                outputs = super()._prefill(*given, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         else:
             outputs = self._chunked_prefill(
                 input_ids, generation_config.prefill_chunk_size, model_kwargs
@@ -259,15 +258,17 @@ class GeneratingMixin:
 
     def _begin_states(self: Any, cache: RecurrentCache, batch: int) -> None:
         """Zeros for the states that stand before a first token, where the cache has none."""
-        for module in self.modules():
-            if not isinstance(module, Mixer) or cache.layers[module.layer_idx].state:
-                continue
-            layer, weight = cache.layers[module.layer_idx], module.in_proj.weight
-            wide = layer.state_dtype or compute_dtype(weight)
-            layer.state = {
-                name: weight.new_zeros(shape, dtype=None if name == "conv_state" else wide)
-                for name, shape in module.state_shapes(batch).items()
-            }
+        if cache.has_previous_state():
+            return
+        for mixer in self.modules():
+            if isinstance(mixer, Mixer):
+                layer = cache.layers[mixer.layer_idx]
+                weight: Any = mixer.in_proj.weight  # pyright: ignore[reportAttributeAccessIssue]
+                wide = layer.state_dtype or compute_dtype(weight)
+                layer.state = {
+                    name: weight.new_zeros(shape, dtype=None if name == "conv_state" else wide)
+                    for name, shape in mixer.state_shapes(batch).items()
+                }
 
     def _read_piece(self: Any, piece: Piece, cache: RecurrentCache) -> None:
         """Pass over one piece of a prompt; nothing in it waits for the device."""

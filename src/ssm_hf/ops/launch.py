@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef
+from torch._library.custom_ops import CustomOpDef
 
 # (kernel, architecture) -> {size class: {"BLOCK_...": ..., "num_warps": ..., "num_stages": ...}}
 # Written by `python -m benchmarks.tune`; nothing is tuned while a program runs.
@@ -81,7 +81,7 @@ def call(op: CustomOpDef, *args: Any) -> Any:
         or torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
         or not _PLAIN.issuperset(map(type, args))
     ):
         return op(*args)
