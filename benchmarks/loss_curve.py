@@ -3,13 +3,15 @@
     python -m benchmarks.loss_curve TOKENS [--model mamba2-130m] [--steps 200] [--seconds 100]
     python -m benchmarks.loss_curve --plot
 
-TOKENS is a file of little-endian uint16 token numbers, documents beginning with number 0. The model
-is trained from one seed on the same rows twice, in bf16 autocast: `--steps` steps on the torch
-path, and as many and then `--seconds` more on the kernels. The losses go to
-benchmarks/results/loss_curve.jsonl; `--plot` draws docs/performance/loss_curve.png from it.
+TOKENS is a file of little-endian uint16 token numbers, documents beginning with number 0. From one
+seed and on the same rows a model is trained in bf16 autocast: `--steps` steps on the kernels, as
+many on the torch path (as far as it gets in `--torch-seconds`), as many on the kernels from weights
+that differ by rounding alone, and then the first run goes on until it has had `--seconds`. After
+each of these a line is added to benchmarks/results/loss_curve.jsonl; of several lines the last one
+counts. `--plot` draws docs/performance/loss_curve.png from them.
 
-The two curves drift apart as any two roundings of one run do; `noise` is how far apart two runs of
-the torch path come whose inputs to the first layer differ by rounding alone.
+Curves drift apart as any two roundings of one run do: that of the torch path may lie at most twice
+as far off as the perturbed one.
 """
 
 import argparse
@@ -29,82 +31,117 @@ import ssm_hf
 from benchmarks import common
 from training.graph import GraphedPass
 
-RESULTS = common.RESULTS / "loss_curve.jsonl"
 PLOT = common.ROOT / "docs" / "performance" / "loss_curve.png"
 LEARNING_RATE, WARM_UP, CLIP, SEED = 1e-3, 100, 1.0, 0
+# Steps between two looks at the losses, for which the host waits.
+PIECE = 50
 
 
-def batches(path: Path, rows: int, length: int) -> Iterator[dict[str, Tensor]]:
+def rows(path: Path, count: int, length: int) -> Iterator[dict[str, Tensor]]:
     """Rows of the file in a seeded order, epoch after epoch; positions restart at documents."""
     tokens = np.fromfile(path, dtype="<u2")
     table = tokens[: len(tokens) // length * length].reshape(-1, length).astype(np.int64)
     index = np.arange(length)
     positions = index - np.maximum.accumulate(np.where(table == 0, index, 0), axis=1)
     generator = np.random.default_rng(SEED)
+    if len(table) < count:
+        raise ValueError(f"{path} holds {len(table)} rows of {length} tokens, expected {count}")
     while True:
         order = generator.permutation(len(table))
-        for i in range(0, len(order) - rows + 1, rows):
-            chosen = order[i : i + rows]
+        for i in range(0, len(order) - count + 1, count):
+            chosen = order[i : i + count]
             ids = torch.from_numpy(table[chosen])
-            batch = {"input_ids": ids, "labels": ids}
-            batch["position_ids"] = torch.from_numpy(positions[chosen])
             yield {
-                name: value.pin_memory().cuda(non_blocking=True) for name, value in batch.items()
+                "input_ids": ids,
+                "labels": ids,
+                "position_ids": torch.from_numpy(positions[chosen]),
             }
 
 
-def curve(
-    arguments: argparse.Namespace, impl: str, steps: int, seconds: float, perturb: bool = False
-) -> dict[str, Any]:
-    """Train; the losses of all steps, and the speed after the first ones."""
-    torch.manual_seed(SEED)
-    config = AutoConfig.from_pretrained(
-        common.ROOT / "configs" / "model" / f"{arguments.model}.json"
-    )
-    with torch.device("cuda"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
-    if perturb:
-        with torch.no_grad():
-            model.get_input_embeddings().weight.mul_(1 + 2**-12)
-    optimizer = torch.optim.AdamW(
-        model.parameter_groups(0.1), lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True
-    )
+class Training:
+    """One run, which can be continued: its losses, gradient norms and the time they took."""
 
-    def one_pass(batch: dict[str, Tensor], share: Tensor) -> Tensor:
-        with ssm_hf.implementation(impl), torch.autocast("cuda", torch.bfloat16):
-            loss = model(**batch, use_cache=False, return_logits=False).loss
-        (loss * share).backward()
-        return loss.detach()
+    def __init__(
+        self, arguments: argparse.Namespace, name: str, impl: str, perturb: bool = False
+    ) -> None:
+        self.name = name
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+        self.seconds = 0.0
+        self._first_piece = 0.0
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._on_gpu = self._device.type == "cuda"
+        self._batches = rows(arguments.tokens, arguments.batch, arguments.length)
+        self._tokens = arguments.batch * arguments.length
+        torch.manual_seed(SEED)
+        config = AutoConfig.from_pretrained(arguments.config)
+        with self._device:
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+        if perturb:
+            with torch.no_grad():
+                model.get_input_embeddings().weight.mul_(1 + 2**-12)
+        self._model = model
+        self._optimizer = torch.optim.AdamW(
+            model.parameter_groups(0.1), lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True
+        )
 
-    graphed, share = GraphedPass(one_pass, model.parameters()), torch.ones((), device="cuda")
-    losses: list[Tensor] = []
-    norms: list[Tensor] = []
-    began = warm = time.monotonic()
-    for batch in batches(arguments.tokens, arguments.batch, arguments.length):
-        if len(losses) == 10:
-            torch.cuda.synchronize()
-            warm = time.monotonic()
-        if len(losses) % 100 == 0:
-            torch.cuda.synchronize()
-            if len(losses) >= steps and time.monotonic() - began > seconds:
-                break
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * min(1.0, (len(losses) + 1) / WARM_UP)
-        losses.append(graphed(batch, share, is_first=True))
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP))
-        optimizer.step()
-    torch.cuda.synchronize()
-    tokens = (len(losses) - 10) * arguments.batch * arguments.length
-    return {
-        "losses": torch.stack(losses).tolist(),
-        "largest_norm": float(torch.stack(norms).max()),
-        "tokens_per_s": tokens / (time.monotonic() - warm),
-    }
+        def one_pass(batch: dict[str, Tensor], share: Tensor) -> Tensor:
+            cast = torch.autocast(self._device.type, torch.bfloat16)
+            with ssm_hf.implementation(impl), cast:  # pyright: ignore[reportArgumentType]
+                loss = model(**batch, use_cache=False, return_logits=False).loss
+            (loss * share).backward()
+            return loss.detach()
+
+        self._pass = one_pass
+        self._graphed = GraphedPass(one_pass, model.parameters()) if self._on_gpu else None
+
+    def _step(self) -> tuple[Tensor, Tensor]:
+        """Launch one step; its loss and gradient norm."""
+        step = len(self.losses) + 1
+        for group in self._optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * min(1.0, step / WARM_UP)
+        batch, share = next(self._batches), torch.ones((), device=self._device)
+        if self._graphed is None:
+            self._optimizer.zero_grad()
+            loss = self._pass(batch, share)
+        else:
+            batch = {k: v.pin_memory().cuda(non_blocking=True) for k, v in batch.items()}
+            loss = self._graphed(batch, share, is_first=True)
+        norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), CLIP)
+        self._optimizer.step()
+        return loss, norm
+
+    def advance(self, steps: float, seconds: float) -> None:
+        """Go on until it has had so many steps, or so many seconds in all."""
+        while len(self.losses) < steps and self.seconds < seconds:
+            began = time.monotonic()
+            count = min(PIECE, int(min(steps, 1e9)) - len(self.losses))
+            figures = [torch.stack(self._step()) for _ in range(count)]
+            losses, norms = torch.stack(figures).T.tolist()
+            took = time.monotonic() - began
+            self._first_piece = self._first_piece or took
+            self.seconds += took
+            self.losses += losses
+            self.norms += norms
+            if not all(map(math.isfinite, (*losses, *norms))):
+                raise RuntimeError(f"{self.name}: a loss or gradient is not finite: {losses}")
+            print(
+                f"{self.name}: step {len(self.losses)}, loss {np.mean(losses):.4f}, largest norm "
+                f"{max(norms):.2f}, {took / count * 1e3:.1f} ms a step",
+                flush=True,
+            )
+
+    @property
+    def tokens_per_s(self) -> float:
+        """After the first piece, which compiles."""
+        steps = len(self.losses) - PIECE
+        return steps * self._tokens / (self.seconds - self._first_piece) if steps > 0 else 0.0
 
 
-def compare(ours: list[float], reference: list[float]) -> dict[str, float]:
-    """Distances of two curves in nats: over all steps, and of the means of the last 50."""
-    difference = np.array(ours[: len(reference)]) - np.array(reference)
+def compare(one: list[float], other: list[float]) -> dict[str, float]:
+    """Distances of two curves in nats: over all steps they share, and of the last 50 means."""
+    shared = min(len(one), len(other))
+    difference = np.array(one[:shared]) - np.array(other[:shared])
     return {
         "mean_difference": float(np.abs(difference).mean()),
         "largest_difference": float(np.abs(difference).max()),
@@ -112,76 +149,107 @@ def compare(ours: list[float], reference: list[float]) -> dict[str, float]:
     }
 
 
-def plot() -> None:
+def write(
+    arguments: argparse.Namespace, kernels: Training, others: dict[str, Training]
+) -> dict[str, float]:
+    """Add what is known so far to the results."""
+    losses = kernels.losses
+    values: dict[str, float] = {
+        "steps": len(losses),
+        "last_loss": float(np.mean(losses[-50:])),
+        "largest_norm": max(kernels.norms),
+        "tokens_per_s": kernels.tokens_per_s,
+    }
+    prefixes = {"torch": "", "perturbed": "noise_"}
+    curves = {"kernels": [round(x, 4) for x in losses[: arguments.steps]]}
+    for name, other in others.items():
+        distance = compare(losses, other.losses)
+        values |= {f"{prefixes[name]}{measure}": value for measure, value in distance.items()}
+        curves[name] = [round(x, 4) for x in other.losses]
+    if "torch" in others:
+        values["torch_tokens_per_s"] = others["torch"].tokens_per_s
+    width = max(1, len(losses) // 200)
+    windows = range(0, len(losses) - width + 1, width)
+    later = [[i, round(float(np.mean(losses[i : i + width])), 4)] for i in windows]
+    shape = {"B": arguments.batch, "T": arguments.length}
+    result = common.record(
+        "loss_curve",
+        arguments.model,
+        "ssm_hf",
+        values,
+        shape=shape,
+        curves={**curves, "later": later},
+    )
+    common.append(arguments.output, result)
+    print(json.dumps(result), flush=True)
+    return values
+
+
+def plot(results: Path, picture: Path) -> None:
+    """Draw the last line of each model."""
     import matplotlib.pyplot as plt
 
     runs = {}
-    for line in RESULTS.read_text().splitlines():
+    for line in results.read_text().splitlines():
         record = json.loads(line)
-        runs[record["case"]] = record  # the last of each model
+        runs[record["case"]] = record
     figure, axes = plt.subplots(len(runs), 2, figsize=(10, 3.2 * len(runs)), squeeze=False)
     for row, (case, record) in zip(axes, sorted(runs.items()), strict=True):
-        steps = len(record["curves"]["torch"])
+        curves = record["curves"]
         for name, style in (("torch", "-"), ("kernels", "--")):
-            row[0].plot(record["curves"][name][:steps], style, lw=1, label=name)
-        row[0].set(title=f"{case}: first {steps} steps", xlabel="step", ylabel="loss, nats")
+            if name in curves:
+                row[0].plot(curves[name], style, lw=1, label=name)
+        row[0].set(title=f"{case}: first {len(curves['kernels'])} steps")
         row[0].legend()
-        row[1].plot(*zip(*record["curves"]["later"], strict=True), lw=1, color="C1")
-        row[1].set(title=f"{case}: kernels, to the end", xlabel="step", ylabel="loss, nats")
+        row[1].plot(*zip(*curves["later"], strict=True), lw=1, color="C1")
+        row[1].set(title=f"{case}: kernels, {record['values']['steps']:.0f} steps")
+        for axis in row:
+            axis.set(xlabel="step", ylabel="loss, nats")
     figure.tight_layout()
-    PLOT.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(PLOT, dpi=120)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=120)
 
 
-def main() -> None:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tokens", type=Path, nargs="?")
     parser.add_argument("--model", default="mamba2-130m")
+    parser.add_argument("--config", type=Path, help="default: configs/model/MODEL.json")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--seconds", type=float, default=100.0, help="on the kernels, in all")
+    parser.add_argument("--seconds", type=float, default=100.0, help="of the run on the kernels")
+    parser.add_argument("--torch-seconds", type=float, default=60.0)
+    parser.add_argument("--output", type=Path, default=common.RESULTS / "loss_curve.jsonl")
     parser.add_argument("--plot", action="store_true", help="draw the results and end")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    if arguments.config is None:
+        arguments.config = common.ROOT / "configs" / "model" / f"{arguments.model}.json"
+    if arguments.tokens is None and not arguments.plot:
+        parser.error("TOKENS is missing")
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse(argv)
     if arguments.plot:
-        plot()
+        plot(arguments.output, PLOT)
         return
     ssm_hf.register(override=True)
-    print("kernels", flush=True)
-    ours = curve(arguments, "triton", arguments.steps, arguments.seconds)
-    print("torch", flush=True)
-    reference = curve(arguments, "reference", arguments.steps, 0)
-    print("torch, perturbed", flush=True)
-    perturbed = curve(arguments, "reference", arguments.steps, 0, perturb=True)
-    losses = ours["losses"]
-    if not all(math.isfinite(loss) for loss in losses):
-        raise RuntimeError(f"the loss is not finite from step {losses.index(math.nan)} on")
-    distance = compare(losses, reference["losses"])
-    noise = compare(perturbed["losses"], reference["losses"])
-    if not distance["mean_difference"] <= 2 * noise["mean_difference"] + 1e-3:
-        raise RuntimeError(f"the curves differ by {distance}, two torch runs by {noise}")
-    width = max(1, len(losses) // 200)
-    windows = range(0, len(losses) - width + 1, width)
-    curves = {
-        "kernels": [round(x, 4) for x in losses[: arguments.steps]],
-        "torch": [round(x, 4) for x in reference["losses"]],
-        "later": [[i, round(float(np.mean(losses[i : i + width])), 4)] for i in windows],
-    }
-    values = {
-        **distance,
-        **{f"noise_{name}": value for name, value in noise.items()},
-        "steps": len(losses),
-        "last_loss": curves["later"][-1][1],
-        "largest_norm": ours["largest_norm"],
-        "tokens_per_s": ours["tokens_per_s"],
-        "torch_tokens_per_s": reference["tokens_per_s"],
-    }
-    shape = {"B": arguments.batch, "T": arguments.length}
-    result = common.record(
-        "loss_curve", arguments.model, "ssm_hf", values, shape=shape, curves=curves
-    )
-    common.append(RESULTS, result)
-    print(json.dumps(result))
+    kernels = Training(arguments, "kernels", "triton" if torch.cuda.is_available() else "auto")
+    kernels.advance(arguments.steps, math.inf)
+    others: dict[str, Training] = {}
+    write(arguments, kernels, others)
+    others["torch"] = Training(arguments, "torch", "reference")
+    others["torch"].advance(arguments.steps, arguments.torch_seconds)
+    write(arguments, kernels, others)
+    others["perturbed"] = Training(arguments, "perturbed", "auto", perturb=True)
+    others["perturbed"].advance(arguments.steps, math.inf)
+    values = write(arguments, kernels, others)
+    if not values["mean_difference"] <= 2 * values["noise_mean_difference"] + 1e-3:
+        raise RuntimeError(f"the curves of kernels and torch lie too far apart: {values}")
+    kernels.advance(math.inf, arguments.seconds)
+    write(arguments, kernels, others)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,63 @@
+"""benchmarks/loss_curve.py on a tiny model, without a GPU: every figure is written as it comes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import common, loss_curve
+from tests.helpers import tiny
+
+
+@pytest.fixture
+def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setattr(loss_curve, "PIECE", 2)
+    # The CPU's ceilings are not of interest, and take long.
+    monkeypatch.setattr(common, "ceilings", lambda: {})
+    tiny("mamba2", num_hidden_layers=1).save_pretrained(tmp_path)
+    tokens = np.random.default_rng(0).integers(0, 96, 2000).astype("<u2")
+    tokens.tofile(tmp_path / "tokens.u16")
+    return [
+        *(str(tmp_path / "tokens.u16"), "--config", str(tmp_path / "config.json")),
+        *("--batch", "2", "--length", "16", "--steps", "4", "--seconds", "0.01"),
+        *("--output", str(tmp_path / "results" / "loss_curve.jsonl")),
+    ]
+
+
+def _results(arguments: list[str]) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(arguments[-1]).read_text().splitlines()]
+
+
+def test_curves_are_written_as_they_come(arguments: list[str]) -> None:
+    loss_curve.main(arguments)
+    results = _results(arguments)
+    assert [len(r["curves"]) for r in results] == [2, 3, 4, 4]
+    curves, values = results[-1]["curves"], results[-1]["values"]
+    # On a CPU both are the torch path.
+    assert curves["kernels"] == curves["torch"]
+    assert values["mean_difference"] == 0 < values["noise_mean_difference"] < 0.1
+    assert curves["later"][0][1] == curves["kernels"][0]
+
+
+def test_a_cut_torch_run_is_compared_as_far_as_it_came(arguments: list[str]) -> None:
+    loss_curve.main([*arguments[:-2], "--torch-seconds", "0.0001", *arguments[-2:]])
+    last = _results(arguments)[-1]
+    assert len(last["curves"]["torch"]) == 2
+    assert last["values"]["mean_difference"] == 0
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss_curve, "LEARNING_RATE", 1e38)
+    with pytest.raises(RuntimeError, match="not finite"):
+        loss_curve.main(arguments)
+
+
+def test_the_last_line_of_each_model_is_drawn(arguments: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    loss_curve.main(arguments)
+    loss_curve.plot(Path(arguments[-1]), tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
