@@ -55,7 +55,10 @@ def keep_weights_out_of_state(accelerator: Accelerator) -> None:
 
 
 def save_model(
-    accelerator: Accelerator, model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path
+    accelerator: Accelerator,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    path: Path,
 ) -> None:
     """Write `path` with `save_pretrained`; every process calls it, the main one writes."""
     state_dict = accelerator.get_state_dict(model)  # gathers shards, so on every process
@@ -64,14 +67,15 @@ def save_model(
     if accelerator.is_main_process:
         plain = accelerator.unwrap_model(model, keep_torch_compile=False)
         plain.save_pretrained(path, state_dict=state_dict)
-        tokenizer.save_pretrained(path)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(path)
 
 
 def save_checkpoint(
     run_dir: Path,
     accelerator: Accelerator,
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     state: TrainerState,
     keep_last: int,
 ) -> Path:

@@ -35,7 +35,8 @@ class TokenizerConfig:
     """How text becomes ids.
 
     source: "byte" (built in), a tokenizer directory or Hub name, a tokenizer.json, or null for
-        the tokenizer saved with `model.checkpoint`.
+        the tokenizer saved with `model.checkpoint` (with `data.task`: for none, ids are the
+        task's).
     eos_token: end-of-document token; needed for a bare tokenizer.json, which does not name one.
     """
 
@@ -44,8 +45,26 @@ class TokenizerConfig:
 
 
 @dataclass(kw_only=True)
+class TaskConfig:
+    """A synthetic task of eval/tasks in place of documents; fresh samples are drawn throughout.
+
+    name: one of eval.tasks.TASKS, or null.
+    options: those of the task's class.
+    lengths: the curriculum: each entry takes an equal share of `max_steps` and says which lengths
+        are drawn, uniformly: "3-40" all from 3 to 40, "4,8,16" those three.
+    pack: fill rows with as many samples as fit, each a document of its own; false puts one sample
+        into a row, for models that cannot forget in the middle of one.
+    """
+
+    name: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    lengths: list[str] = field(default_factory=list)
+    pack: bool = True
+
+
+@dataclass(kw_only=True)
 class DataConfig:
-    """Where documents come from. Exactly one of `stdlib`, `files` and `dataset` is set.
+    """What is learnt. Exactly one of `stdlib`, `files`, `dataset` and `task.name` is set.
 
     stdlib: the running interpreter's own standard library (`*.py`, without its tests).
     files: paths or globs of .txt-like files (one document each) and .jsonl files (one per line);
@@ -73,6 +92,7 @@ class DataConfig:
     seq_len: int = 1024
     heldout_fraction: float = 0.02
     eval_max_bytes: int | None = None
+    task: TaskConfig = field(default_factory=TaskConfig)
 
 
 @dataclass(kw_only=True)
@@ -304,6 +324,10 @@ def _convert(value: Any, annotation: Any, where: str) -> Any:
         if not isinstance(items, list):
             raise ValueError(expected)
         return [_convert(entry, item, f"{where}[{i}]") for i, entry in enumerate(items)]
+    if typing.get_origin(kind) is dict:
+        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+            raise ValueError(expected)
+        return value
     if kind is float and not isinstance(value, bool):
         try:
             return float(value)
@@ -323,6 +347,8 @@ def _describe(annotation: Any) -> str:
             parts.append("one of " + ", ".join(map(repr, typing.get_args(option))))
         elif typing.get_origin(option) is list:
             parts.append("a list of " + _describe(typing.get_args(option)[0]))
+        elif typing.get_origin(option) is dict:
+            parts.append("a mapping")
         else:
             parts.append(names.get(option, "a whole number"))
     return " or ".join(parts)
@@ -357,19 +383,29 @@ def _validate(config: TrainConfig) -> None:
         "exactly one: a config.json to train from scratch, or a checkpoint to finetune",
     )
     require(
-        model.config is None or config.tokenizer.source is not None,
+        model.config is None or config.tokenizer.source is not None or data.task.name is not None,
         "tokenizer.source",
         None,
         '"byte" or a tokenizer, since a model from scratch brings none',
     )
-    sources = (data.stdlib or None, data.files, data.dataset)
+    sources = (data.stdlib or None, data.files, data.dataset, data.task.name)
     require(
         sum(source is not None for source in sources) == 1,
-        "data.stdlib, data.files, data.dataset",
+        "data.stdlib, data.files, data.dataset, data.task.name",
         sources,
         "exactly one source of data",
     )
     require(data.files != [], "data.files", data.files, "at least one path")
+    if data.task.name is not None:
+        require(data.task.lengths != [], "data.task.lengths", [], "at least one entry")
+        require(data.format == "text", "data.format", data.format, '"text" with data.task')
+        require(not config.save_seen_tokens, "save_seen_tokens", True, "false: a task has no end")
+        require(
+            config.tokenizer.source is not None or not config.sample.prompts,
+            "sample.prompts",
+            config.sample.prompts,
+            "none without a tokenizer",
+        )
     require(
         data.dataset is not None or not data.streaming,
         "data.streaming",

@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 import ssm_hf
 from training.config import DataConfig, TokenizerConfig
 from training.packing import Example, PackedRows, Row, RowOrder, epoch_order, pack, row_tensors
+from training.tasks import Onwards, TaskRows, as_it_is
 
 ENCODE_BATCH = 64  # documents handed to the tokenizer at once
 
@@ -412,7 +413,7 @@ class TrainingData(NamedTuple):
     """train: rows to sample from. heldout: the held-out documents. evaluation: rows of (some of)
     them, or None where nothing is held out."""
 
-    train: PackedRows | StreamRows
+    train: PackedRows | StreamRows | TaskRows
     heldout: list[Document]
     evaluation: PackedRows | None
 
@@ -433,6 +434,9 @@ class TrainingData(NamedTuple):
         if isinstance(self.train, StreamRows):
             self.train.start = start
             train = DataLoader(self.train, **options)
+        elif isinstance(self.train, TaskRows):
+            rows = Onwards(start)
+            train = DataLoader(self.train, sampler=rows, collate_fn=as_it_is, **options)
         else:
             order = RowOrder(len(self.train), seed, start)
             train = DataLoader(self.train, sampler=order, **options)
@@ -441,9 +445,21 @@ class TrainingData(NamedTuple):
         return train, DataLoader(self.evaluation, **options)
 
 
-def prepare_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> TrainingData:
+def prepare_data(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase | None, seed: int, total_rows: int = 1
+) -> TrainingData:
     """Read, split, encode and pack. Documents are shuffled once by `seed` before packing, so that a
-    row does not always join neighbours; `epoch_order` shuffles the rows."""
+    row does not always join neighbours; `epoch_order` shuffles the rows.
+
+    Args:
+        config: the source.
+        tokenizer: may be None for a synthetic task.
+        seed: of the order.
+        total_rows: in the whole run, for a task's curriculum.
+    """
+    if config.task.name is not None:
+        return TrainingData(TaskRows(config, tokenizer, seed, total_rows), [], None)
+    assert tokenizer is not None  # only a task goes without, see `_validate`
     vocab_size = len(tokenizer)
     if config.streaming:
         train, heldout = StreamRows(tokenizer, config, seed), split_stream(config)

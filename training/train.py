@@ -57,7 +57,9 @@ from training.data import (
 from training.graph import Batch, GraphedPass, Pass
 from training.metrics import Meter, RunLog, heldout_loss, write_samples
 from training.packing import IGNORED, PackedRows
+from training.peers import flops_per_token, loss_options, parameter_groups
 from training.schedule import lr_factor, run_progress
+from training.tasks import TaskRows
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -74,16 +76,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     state = TrainerState() if checkpoint is None else load_trainer_state(checkpoint)
     set_seed(config.seed)
 
-    tokenizer = load_tokenizer(config.tokenizer, config.model.checkpoint)
-    data = prepare_data(config.data, tokenizer, config.seed)
+    tokenizer = None
+    if config.data.task.name is None or config.tokenizer.source is not None:
+        tokenizer = load_tokenizer(config.tokenizer, config.model.checkpoint)
+    total_rows = config.max_steps * config.batch_size
+    data = prepare_data(config.data, tokenizer, config.seed, total_rows)
     identity = data.identity(config.seed)
     if checkpoint is not None:
         check_same_data(state, identity, checkpoint)
     state.data = identity
 
-    model = build_model(config, checkpoint, tokenizer)
+    model = build_model(config, checkpoint, tokenizer, data)
     optimizer = build_optimizer(model, config.optimizer, accelerator.device)
-    meter = Meter(config, model.flops_per_token(config.data.seq_len), accelerator)
+    meter = Meter(config, flops_per_token(model, config.data.seq_len), accelerator)
     loader, eval_loader = data.loaders(config.seed, config.micro_batch_size, state.samples)
     execution = how_to_run(config, accelerator)
     if execution == "graph":
@@ -145,7 +150,7 @@ class Run(NamedTuple):
     forward_backward: Pass
     graphed: GraphedPass | None  # takes the place of forward_backward
     optimizer: torch.optim.Optimizer
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | None  # None: a task whose ids are its own
     data: TrainingData
     eval_loader: DataLoader | None
     log: RunLog
@@ -197,7 +202,10 @@ def how_to_run(config: TrainConfig, accelerator: Accelerator) -> str:
 
 
 def build_model(
-    config: TrainConfig, checkpoint: Path | None, tokenizer: PreTrainedTokenizerBase
+    config: TrainConfig,
+    checkpoint: Path | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    data: TrainingData,
 ) -> PreTrainedModel:
     """From the checkpoint to resume, else the one to finetune, else the config; in fp32, which is
     what the optimiser updates (bf16 is autocast's)."""
@@ -210,13 +218,15 @@ def build_model(
             raise FileNotFoundError(f"model.config {path}: no such file, expected a config.json")
         model_config = AutoConfig.from_pretrained(path)
         # A new model speaks the tokenizer's language, whatever ids its config was drawn up for.
-        model_config.bos_token_id = tokenizer.bos_token_id
-        model_config.eos_token_id = tokenizer.eos_token_id
-        model_config.pad_token_id = tokenizer.pad_token_id
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(model_config, name, getattr(tokenizer, name, None))
         model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
-    if len(tokenizer) > model.config.vocab_size:
+    source, tokens = "tokenizer", 0 if tokenizer is None else len(tokenizer)
+    if isinstance(data.train, TaskRows):
+        source, tokens = f"task {config.data.task.name}", data.train.vocab_size(tokenizer)
+    if tokens > model.config.vocab_size:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, but the model's vocab_size is "
+            f"the {source} has {tokens} tokens, but the model's vocab_size is "
             f"{model.config.vocab_size}"
         )
     if config.model.gradient_checkpointing:
@@ -233,7 +243,7 @@ def build_optimizer(
     model: PreTrainedModel, config: OptimizerConfig, device: torch.device
 ) -> torch.optim.AdamW:
     return torch.optim.AdamW(
-        model.parameter_groups(config.weight_decay),
+        parameter_groups(model, config.weight_decay),
         lr=config.lr,
         betas=(config.betas[0], config.betas[1]),
         eps=config.eps,
@@ -391,9 +401,10 @@ def forward_backward(accelerator: Accelerator, model: nn.Module) -> Pass:
     """The pass over one micro-batch: adds its share of the step's gradient, returns that of the
     loss. The factor undoes the averages over micro-batches and processes."""
     undo_mean = accelerator.gradient_accumulation_steps * accelerator.num_processes
+    options = loss_options(accelerator.unwrap_model(model, keep_torch_compile=False))
 
     def run(batch: Batch, share: Tensor) -> Tensor:
-        loss = model(**batch, use_cache=False, return_logits=False).loss * share
+        loss = model(**batch, **options).loss * share
         accelerator.backward(loss * undo_mean)
         return loss.detach()
 
@@ -423,6 +434,9 @@ def evaluate(run: Run, state: TrainerState) -> float | None:
         run.log.write("eval", state.step, tokens=state.tokens, **values)
         run.log.say(f"step {state.step}: held-out {bits_per_byte:.4f} bits per byte")
     sample = run.config.sample
+    if not sample.prompts:
+        return bits_per_byte
+    assert run.tokenizer is not None  # prompts without one were refused with the config
     texts = write_samples(run.model, run.tokenizer, sample, run.config.seed, run.accelerator)
     for prompt, text in zip(sample.prompts, texts, strict=True):
         run.log.write("sample", state.step, prompt=prompt, text=text)
