@@ -10,9 +10,11 @@ SHIPPED = sorted((ROOT / "configs" / "train").glob("*.yaml"))
 
 
 def keys_of(recipe: dict, prefix: str = "") -> set[str]:
-    keys = set()
+    keys, known = set(), leaves(TrainConfig)
     for name, value in recipe.items():
-        keys |= keys_of(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name}
+        key = prefix + name  # some of them hold a mapping themselves
+        is_section = isinstance(value, dict) and key not in known
+        keys |= keys_of(value, f"{key}.") if is_section else {key}
     return keys
 
 
