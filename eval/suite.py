@@ -17,6 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from eval.options import GenerateOptions, LmEvalOptions, NgramOptions, PerplexityOptions
+from eval.ruler.options import RulerOptions
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Suite:
             its first token is predicted too: "auto" is bos, or eos where there is none. With
             "none" the first token is not scored.
         seed: of every sampled generation.
-        perplexity, ngram, lm_eval, generate: the evaluations, each optional.
+        perplexity, ngram, lm_eval, ruler, generate: the evaluations, each optional.
     """
 
     variables: dict[str, str] = field(default_factory=dict)
@@ -42,6 +43,7 @@ class Suite:
     perplexity: PerplexityOptions | None = None
     ngram: NgramOptions | None = None
     lm_eval: LmEvalOptions | None = None
+    ruler: RulerOptions | None = None
     generate: GenerateOptions | None = None
 
     def __post_init__(self) -> None:

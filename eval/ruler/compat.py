@@ -384,7 +384,9 @@ def compat_frequent_words(
     def vocabulary() -> list[str]:
         count, words = room // 50, []
         while len(words) < count or len(set(words)) < count:
-            words.append("".join(stream.rng.choices(string.ascii_lowercase, k=FrequentWords.LETTERS)))
+            words.append(
+                "".join(stream.rng.choices(string.ascii_lowercase, k=FrequentWords.LETTERS))
+            )
         return ["...", *stream.shuffled(sorted(set(words)))[1:]]
 
     def make(words: list[str], size: int) -> Text:

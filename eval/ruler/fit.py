@@ -146,12 +146,15 @@ class _Draft:
         self.guess = guess
         self.best: tuple[int, str, int, list[float]] | None = None
         self.failing: int | None = None
+        self._fails = 0
 
     def judge(self, context: str, tokens: int, depths: list[float], room: int) -> bool:
         """Note how the present size came out, choose the next; returns whether it is settled."""
         plan, size = self.plan, self.size
         slack = room - tokens
-        self.guess += slack
+        # A little less may be the same text: every failure steps back twice as far.
+        self.guess += slack if slack >= 0 else slack << self._fails
+        self._fails += slack < 0
         if slack >= 0:
             if self.best is None or size > self.best[0]:
                 self.best = (size, context, tokens, depths)
@@ -278,9 +281,7 @@ def _measure(
         places.append([len(before) + i for i in (0, len(context), *starts, *ends)])
     if not any(plan.marks for plan in plans):
         return [(tokens, []) for tokens in counter.count(texts)]
-    return [
-        (tokens, _depths(at[0], at[1], at[2:])) for tokens, at in counter.locate(texts, places)
-    ]
+    return [(tokens, _depths(at[0], at[1], at[2:])) for tokens, at in counter.locate(texts, places)]
 
 
 def depths_of(

@@ -196,7 +196,7 @@ class QuestionPlan(Plan):
     """Documents in random order, the gold ones among them; size counts tokens of documents.
 
     Gold documents come first in line, then near ones, then others, as many as there is room for;
-    the room left over goes to the longest of the next that fit. Where all documents are in, others
+    the room of the last goes to the longest of the next that fit. Where all documents are in, others
     than the gold ones are repeated.
     """
 
@@ -236,7 +236,8 @@ class QuestionPlan(Plan):
                 return list(self._line)
             total += self._costs[count]
             count += 1
-        count = max(count - 1, len(self._gold))
+        # The one that is too long is left out, and the one before it may make way for a better fit.
+        count = max(count - 2, len(self._gold))
         room = size - sum(self._costs[:count])
         chosen = self._line[:count]
         rest = range(count, min(count + CANDIDATES, len(self._line)))
@@ -266,5 +267,3 @@ class QuestionPlan(Plan):
             self._line += new
             self._taken.update(new)
             self._costs += self._source.costs(new)
-
-

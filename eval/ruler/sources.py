@@ -28,7 +28,45 @@ RESERVED_SHARE = 8
 
 # A full stop after these does not end a sentence.
 _ABBREVIATIONS = frozenset(
-    ["Mr.", "Mrs.", "Ms.", "Messrs.", "Dr.", "Prof.", "Rev.", "Hon.", "Capt.", "Col.", "Gen.", "Lieut.", "Lt.", "Sgt.", "St.", "Mt.", "Jr.", "Sr.", "Esq.", "vs.", "viz.", "cf.", "i.e.", "e.g.", "etc.", "No.", "Vol.", "vol.", "Fig.", "fig.", "p.", "pp.", "ch.", "Chap.", "Inc.", "Ltd.", "Co."]
+    [
+        "Mr.",
+        "Mrs.",
+        "Ms.",
+        "Messrs.",
+        "Dr.",
+        "Prof.",
+        "Rev.",
+        "Hon.",
+        "Capt.",
+        "Col.",
+        "Gen.",
+        "Lieut.",
+        "Lt.",
+        "Sgt.",
+        "St.",
+        "Mt.",
+        "Jr.",
+        "Sr.",
+        "Esq.",
+        "vs.",
+        "viz.",
+        "cf.",
+        "i.e.",
+        "e.g.",
+        "etc.",
+        "No.",
+        "Vol.",
+        "vol.",
+        "Fig.",
+        "fig.",
+        "p.",
+        "pp.",
+        "ch.",
+        "Chap.",
+        "Inc.",
+        "Ltd.",
+        "Co.",
+    ]
 )
 _SENTENCE_END = re.compile(r"""[.!?…]+["'”’)\]]*$""")
 _SENTENCE_START = re.compile(r"""["'“‘(\[—-]*[A-Z0-9]""")

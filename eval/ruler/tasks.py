@@ -124,9 +124,7 @@ class Maker:
             return self._compat_samples(name, task, length, count)
         room = length - task.budget - self.frame.prefix_tokens
         plans = (self.plan(name, length, room, index) for index in range(count))
-        return fit(
-            plans, self.counter, self.frame, length=length, budget=task.budget, name=name
-        )
+        return fit(plans, self.counter, self.frame, length=length, budget=task.budget, name=name)
 
     def plan(self, name: str, length: int, room: int, index: int) -> Plan:
         """Make sample number `index`, all but its size."""
@@ -157,9 +155,7 @@ class Maker:
             self._questions[kind] = Questions(data, self.counter, f"{self.seed}/{kind}")
         return self._questions[kind]
 
-    def _compat_samples(
-        self, name: str, task: Task, length: int, count: int
-    ) -> Iterator[Sample]:
+    def _compat_samples(self, name: str, task: Task, length: int, count: int) -> Iterator[Sample]:
         def maker(stream: compat.Stream) -> compat.Maker:
             if task.needles is not None:
                 words = SortedPairs(wonderwords("adjective"), wonderwords("noun"))
