@@ -75,18 +75,19 @@ def load_suite(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> S
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"suite {path} does not exist")
-    data = _read_yaml(path.read_text(encoding="utf-8"), str(path))
+    data = read_yaml(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(data, dict):
         raise ValueError(f"suite {path} must be a YAML mapping, got {type(data).__name__}")
     for key, value in overrides:
-        _override(data, key, _read_yaml(value, f"--{key}"))
+        _override(data, key, read_yaml(value, f"--{key}"))
     try:
-        return _build(Suite, _substitute(data, data.get("variables") or {}), "")
+        return build(Suite, _substitute(data, data.get("variables") or {}), "")
     except ValueError as error:
         raise ValueError(f"suite {path}: {error}") from error
 
 
-def _read_yaml(text: str, where: str) -> Any:
+def read_yaml(text: str, where: str) -> Any:
+    """YAML -> values; ValueError that says where for text that is none."""
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -124,8 +125,13 @@ def _substitute(value: Any, variables: dict[str, Any]) -> Any:
     return value
 
 
-def _build(cls: type, data: dict[str, Any], where: str) -> Any:
-    """Make a dataclass from a mapping, checking names and types."""
+def build(cls: type, data: dict[str, Any], where: str) -> Any:
+    """Make a dataclass from a mapping, checking names and types.
+
+    Raises:
+        ValueError: an unknown or missing key or a value of a wrong type, by its dotted name, which
+            begins with `where`; or what the dataclass itself raises.
+    """
     hints = get_type_hints(cls)
     for key in data:
         if key not in hints:
@@ -144,6 +150,8 @@ def _join(where: str, key: object) -> str:
 def _convert(hint: Any, value: Any, where: str) -> Any:
     """Check `value` against a type annotation; integers are accepted where floats are expected."""
     origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
@@ -152,7 +160,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if is_dataclass(hint) and isinstance(hint, type):
         if not isinstance(value, dict):
             raise ValueError(f"{where} must be a mapping, got {value!r}")
-        return _build(hint, value, where)
+        return build(hint, value, where)
     if origin is Literal:
         if value not in arguments:
             raise ValueError(f"{where} must be one of {list(arguments)}, got {value!r}")
