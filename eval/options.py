@@ -5,6 +5,7 @@ so that a wrong value ends the program before any model is loaded.
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 def require_positive(section: str, **values: float | None) -> None:
@@ -78,17 +79,23 @@ class LmEvalOptions:
         tasks: task name -> local JSONL file (plain, `.gz` or `.xz`) in the columns of the task's
             own dataset, or null for that dataset from the Hugging Face Hub.
         limit: questions per task, from the start; None takes all.
-        batch_size: requests per forward pass.
+        batch_size: requests per forward pass, halved when memory runs out; None begins with 256
+            on a GPU and 16 on a CPU.
         max_length: longest input in tokens, longer ones lose their beginning; None takes the
             limit in the model's config, and no limit where it states none.
+        bos: "tokenizer": inputs begin as the tokenizer begins them (GPT-NeoX: with no bos token,
+            as in the papers' numbers); "always" or "never": with or without bos (or eos).
+        published: row of eval/published.json to compare with; None finds the row of a Hub name.
         bootstrap_iters: resamples behind the standard error of perplexities; 0 reports no
             standard errors at all.
     """
 
     tasks: dict[str, str | None]
     limit: int | None = None
-    batch_size: int = 8
+    batch_size: int | None = None
     max_length: int | None = None
+    bos: Literal["tokenizer", "always", "never"] = "tokenizer"
+    published: str | None = None
     bootstrap_iters: int = 1000
 
     def __post_init__(self) -> None:

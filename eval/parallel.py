@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
+import torch
 from accelerate import PartialState
 
 from eval.samples import SampleStore
@@ -16,7 +17,7 @@ from eval.samples import SampleStore
 def processes() -> PartialState:
     """Return the group of processes: `process_index`, `num_processes`, `wait_for_everyone()`."""
     # One process may score for hours after the others are done.
-    return PartialState(timeout=timedelta(weeks=4))
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(weeks=4))
 
 
 def finish(

@@ -145,9 +145,8 @@ def zero_shot_rows(results: Results) -> list[tuple[str, ...]]:
             value, stderr = _number(score["value"], spec), _number(score["stderr"], spec)
             reported = "yes" if metric in task["reported"] else ""
             rows.append((name, metric, value, stderr, str(task["n"]), reported))
-    average = results["lm_eval"]["average"]
-    if average is not None:
-        rows.append(("mean of 7 (without boolq)", "in papers", f"{average:.4f}", "", "", ""))
+    for name, value in results["lm_eval"]["averages"].items():
+        rows.append((f"mean: {name}", "", f"{value:.4f}", "", "", "yes"))
     return rows
 
 

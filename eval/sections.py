@@ -6,7 +6,7 @@ the report, a function that makes blocks of the results, see eval/report.py), an
 """
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,10 @@ from eval.model import LoadedModel, require_eos
 from eval.ngram import SEPARATOR, ByteNgram, bits_per_byte, read_seen_tokens
 from eval.options import GenerateOptions, LmEvalOptions, NgramOptions, PerplexityOptions
 from eval.perplexity import file_perplexity
+from eval.published import check_published, find_published
 from eval.report import Results
+from eval.ruler.options import RulerOptions
+from eval.ruler.runner import check_ruler, run_ruler
 from eval.suite import Suite
 from eval.tasks.zero_shot import check_tasks
 
@@ -67,6 +70,7 @@ def check_zero_shot(
     options: LmEvalOptions, suite: Suite, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     check_tasks(options.tasks)
+    check_published(options.published)
     require_eos(tokenizer, "lm_eval")
 
 
@@ -121,7 +125,10 @@ def run_ngram(loaded: LoadedModel, options: NgramOptions, job: Job) -> dict[str,
 
 
 def run_zero_shot(loaded: LoadedModel, options: LmEvalOptions, job: Job) -> dict[str, Any]:
-    section = run_lm_eval(loaded, options, job.suite.seed)
+    if options.published is None:
+        name = job.results["header"]["model"]["name"]
+        options = replace(options, published=find_published(name))
+    section = run_lm_eval(loaded, options, job.suite.seed, job.samples)
     for task in section["tasks"].values():
         task["sha256"] = sha256(task["file"]) if task["file"] else None
     return section
@@ -132,11 +139,22 @@ def run_generate(loaded: LoadedModel, options: GenerateOptions, job: Job) -> dic
     return {**asdict(options), "seed": job.suite.seed, "samples": samples}
 
 
+def check_ruler_section(
+    options: RulerOptions, suite: Suite, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    check_ruler(options, suite.prefix, tokenizer)
+
+
+def run_ruler_section(loaded: LoadedModel, options: RulerOptions, job: Job) -> dict[str, Any]:
+    return run_ruler(loaded, options, job.samples)
+
+
 # In order of execution: a section may use the results of those before it. The names are those of
 # the fields of `Suite`.
 SECTIONS = {
     "perplexity": Section(check_perplexity, run_perplexity),
     "ngram": Section(check_ngram, run_ngram),
     "lm_eval": Section(check_zero_shot, run_zero_shot),
+    "ruler": Section(check_ruler_section, run_ruler_section),
     "generate": Section(check_generate, run_generate),
 }

@@ -9,9 +9,10 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 
-from eval.harness import UNLIMITED, RecurrentLM, length_limit, run_lm_eval
+from eval.harness import UNLIMITED, CausalLM, length_limit, run_lm_eval
 from eval.model import LoadedModel, load_model
 from eval.options import LmEvalOptions
+from eval.published import AVERAGES
 from eval.tasks.zero_shot import ZERO_SHOT_TASKS, build_tasks
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "evals"
@@ -89,7 +90,7 @@ def test_loglikelihood_of_a_batch_equals_single_requests(loaded: LoadedModel) ->
         ("", "nothing before"),
         ("one", " two three four"),
     ]
-    batched = RecurrentLM(loaded, batch_size=4).loglikelihood(_requests("loglikelihood", pairs))
+    batched = CausalLM(loaded, batch_size=4).loglikelihood(_requests("loglikelihood", pairs))
     for pair, (value, greedy) in zip(pairs, batched, strict=True):
         ids = loaded.encode(pair[0] + pair[1])[0 if pair[0] == "" else 1 :]
         continuation = len(pair[1].encode())
@@ -105,7 +106,7 @@ def test_loglikelihood_of_a_batch_equals_single_requests(loaded: LoadedModel) ->
 def test_half_precision_logits_are_normalised_in_fp32(model_dir: Path) -> None:
     half = load_model(str(model_dir), dtype="bfloat16", device="cpu", prefix="auto")
     (request,) = _requests("loglikelihood", [("def f", "(x): return x + 1")])
-    ((value, _),) = RecurrentLM(half, batch_size=1).loglikelihood([request])
+    ((value, _),) = CausalLM(half, batch_size=1).loglikelihood([request])
     ids = half.encode("def f(x): return x + 1")[1:]
     with torch.no_grad():
         logits = half.model(input_ids=torch.tensor([ids[:-1]])).logits[0].double().log_softmax(-1)
@@ -118,20 +119,20 @@ def test_generation_of_a_left_padded_batch_equals_single_requests(loaded: Loaded
     settings = {"until": ["\n\n\n"], "max_gen_toks": 12, "do_sample": False}
     prompts = ["a", "def f(x):", "The long beginning of a text, longer than the others"]
     requests = _requests("generate_until", [(prompt, settings) for prompt in prompts])
-    batched = RecurrentLM(loaded, batch_size=3).generate_until(requests)
-    single = RecurrentLM(loaded, batch_size=1).generate_until(requests)
+    batched = CausalLM(loaded, batch_size=3).generate_until(requests)
+    single = CausalLM(loaded, batch_size=1).generate_until(requests)
     assert batched == single
     assert all(batched)
 
 
 def test_input_length_is_unlimited_unless_stated(loaded: LoadedModel) -> None:
     assert length_limit(loaded.model.config) is None
-    assert RecurrentLM(loaded, batch_size=1).max_length == UNLIMITED
+    assert CausalLM(loaded, batch_size=1).max_length == UNLIMITED
     # 3000 bytes: the harness' own default of 2048 tokens would cut the beginning.
     request = _requests("loglikelihood", [("Q" + "x" * 3000, " yes")])
     other = _requests("loglikelihood", [("R" + "y" * 3000, " yes")])
-    full = RecurrentLM(loaded, batch_size=1)
-    short = RecurrentLM(loaded, batch_size=1, max_length=4)
+    full = CausalLM(loaded, batch_size=1)
+    short = CausalLM(loaded, batch_size=1, max_length=4)
     assert full.loglikelihood(request) != full.loglikelihood(other)
     assert short.loglikelihood(request) == short.loglikelihood(
         _requests("loglikelihood", [("x", " yes")])
@@ -164,7 +165,8 @@ def test_tiny_files_run_through_all_tasks(
         assert score["stderr"] == 0.0
     lambada = result["tasks"]["lambada_openai"]["metrics"]
     assert lambada["perplexity"]["value"] > 1
-    assert 0 <= result["average"] <= 1
+    assert set(result["averages"]) == set(AVERAGES)
+    assert all(0 <= value <= 1 for value in result["averages"].values())
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"the tasks' data is not at {SHARED}")

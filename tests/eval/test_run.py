@@ -90,7 +90,7 @@ generate: {{prompts: ["x"], max_new_tokens: 4, do_sample: false}}
     assert {"perplexity", "lm_eval", "generate"} < set(results)
     assert "ngram" not in results
     assert results["lm_eval"]["tasks"]["piqa"]["n"] == 1
-    assert results["lm_eval"]["average"] is None
+    assert results["lm_eval"]["averages"] == {}
     text = (output / "report.md").read_text()
     assert "| piqa | acc |" in text
     assert "state reset" in text
