@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 
 from eval.plots import to_svg
 
-
 Results = dict[str, Any]
 
 
