@@ -145,9 +145,11 @@ def test_mamba2_step_splits_large_heads_and_finds_views() -> None:
     assert torch.equal(view, results[0][0])
 
 
-@pytest.mark.parametrize("low_rank", [False, True])
+@pytest.mark.parametrize(("low_rank", "bias"), [(False, False), (False, True), (True, True)])
 @pytest.mark.parametrize(("inner", "states", "rank"), [(40, 16, 3), (7, 5, 1)])
-def test_mamba1_step_equals_torch(low_rank: bool, inner: int, states: int, rank: int) -> None:
+def test_mamba1_step_equals_torch(
+    low_rank: bool, bias: bool, inner: int, states: int, rank: int
+) -> None:
     width = rank if low_rank else inner
     row = _draw(2, width + 2 * states)
     wide = _draw(2, 2 * inner)
@@ -156,7 +158,7 @@ def test_mamba1_step_equals_torch(low_rank: bool, inner: int, states: int, rank:
         "A_log": _draw(inner, states).abs(),
         "D": _draw(inner),
         "dt_weight": _draw(inner, rank) if low_rank else None,
-        "dt_bias": _draw(inner) - 3 if low_rank else None,
+        "dt_bias": _draw(inner) - 3 if bias else None,
     }
 
     def op(impl: str, **given: Tensor) -> Tensor:

@@ -173,23 +173,31 @@ class Mamba1Mixer(Mixer):
         low, B, C = self.x_proj(x).split(
             [self.time_step_rank, self.state_size, self.state_size], dim=-1
         )
-        dt = self.dt_proj(low)
+        if all_plain(self.dt_proj):
+            dt, dt_bias = self.dt_proj(low, add_bias=False), self.dt_proj.bias
+        else:
+            dt, dt_bias = self.dt_proj(low), None
         h = layer.state["ssm_state"]
-        return mamba1_step(x, dt, B, C, z, h, A_log=self.A_log, D=self.D)
+        return mamba1_step(x, dt, B, C, z, h, A_log=self.A_log, D=self.D, dt_bias=dt_bias)
 
     def residual_step(
-        self, x: Tensor, norm: nn.Module, past_key_values: RecurrentCache
+        self,
+        update: Tensor,
+        stream: Tensor | None,
+        norm: nn.Module,
+        past_key_values: RecurrentCache,
     ) -> Tensor | None:
         """Four kernels: norm, in_proj and convolution; x_proj; dt_proj and scan; out_proj, sum."""
         if not (
             type(norm) is ResidualNorm
-            and few_rows(x, self.in_proj.weight)
+            and few_rows(update, self.in_proj.weight)
             and all_plain(norm, self.in_proj, self.conv1d, self.x_proj, self.dt_proj, self.out_proj)
         ):
             return None
-        layer, state = self._layer(past_key_values, x[:, :0].to(self.in_proj.weight.dtype))
-        if not is_plain_step(x, SequenceInfo(), layer):
+        layer, state = self._layer(past_key_values, update[:, :0].to(self.in_proj.weight.dtype))
+        if not is_plain_step(update, SequenceInfo(), layer):
             return None
+        x = update if stream is None else stream + update
         proj = norm_linear(
             x[:, 0],
             self.in_proj.weight,

@@ -255,21 +255,26 @@ class Mamba2Mixer(Mixer):
         )
 
     def residual_step(
-        self, x: Tensor, norm: nn.Module, past_key_values: RecurrentCache
+        self,
+        update: Tensor,
+        stream: Tensor | None,
+        norm: nn.Module,
+        past_key_values: RecurrentCache,
     ) -> Tensor | None:
         """Three kernels: norm, in_proj and convolution; the scan; norm, out_proj and sum."""
         if not (
             type(norm) is ResidualNorm
-            and few_rows(x, self.in_proj.weight)
+            and few_rows(update, self.in_proj.weight)
             and all_plain(norm, self.in_proj, self.conv1d, self.norm, self.out_proj)
             and self.mlp_size == 0
             and not (self.norm is not None and self.norm.norm_before_gate)
         ):
             return None
-        layer, state = self._layer(past_key_values, x[:, :0].to(self.in_proj.weight.dtype))
-        if not is_plain_step(x, SequenceInfo(), layer):
+        layer, state = self._layer(past_key_values, update[:, :0].to(self.in_proj.weight.dtype))
+        if not is_plain_step(update, SequenceInfo(), layer):
             return None
         assert layer is not None
+        x = update if stream is None else stream + update
         proj = norm_linear(
             x[:, 0],
             self.in_proj.weight,

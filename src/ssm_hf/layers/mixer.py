@@ -41,9 +41,13 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     def residual_step(
-        self, x: Tensor, norm: nn.Module, past_key_values: RecurrentCache
+        self,
+        update: Tensor,
+        stream: Tensor | None,
+        norm: nn.Module,
+        past_key_values: RecurrentCache,
     ) -> Tensor | None:
-        """x + self(norm(x)) for one real token x (B, 1, D) on top of a state, in few kernels.
+        """x + self(norm(x)) of x = stream + update (B, 1, D) on top of a state, in few kernels.
 
         None where a fused path does not apply; `forward` then does the same.
         """

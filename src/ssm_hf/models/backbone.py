@@ -84,9 +84,7 @@ def _fused_step(
         return None
     if not isinstance(sublayer, Mixer) or not has_own_forward(sublayer):
         return None
-    return sublayer.residual_step(
-        update if stream is None else stream + update, norm, past_key_values
-    )
+    return sublayer.residual_step(update, stream, norm, past_key_values)
 
 
 class SSMPreTrainedModel(PreTrainedModel):

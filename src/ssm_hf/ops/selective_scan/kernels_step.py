@@ -14,7 +14,7 @@ def mamba1_step_kernel(
     y_ptr, stride_x, stride_low, stride_BC, stride_z, stride_y, inner, states, rank, blocks,
     BLOCK_I: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,  # 0: `low` is the projected step size (B, I) with its bias
+    BLOCK_R: tl.constexpr,  # 0: `low` is the projected step size (B, I)
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_I channels of one row."""
@@ -26,9 +26,10 @@ def mamba1_step_kernel(
     inside = i_inside[:, None] & n_inside[None, :]
     h = tl.load(state_ptr + row * inner * states + at, mask=inside, other=0.0).to(tl.float32)
     A = tl.exp(tl.load(A_log_ptr + at, mask=inside, other=0.0).to(tl.float32))
+    if dt_bias_ptr is not None:
+        dt_bias = tl.load(dt_bias_ptr + i, mask=i_inside, other=0.0).to(tl.float32)
     if BLOCK_R > 0:
         r = tl.arange(0, BLOCK_R)
-        dt_bias = tl.load(dt_bias_ptr + i, mask=i_inside, other=0.0).to(tl.float32)
         weight = tl.load(
             dt_weight_ptr + i[:, None] * rank + r[None, :],
             mask=i_inside[:, None] & (r < rank)[None, :], other=0.0,
@@ -37,9 +38,10 @@ def mamba1_step_kernel(
     if BLOCK_R > 0:
         low = tl.load(low_ptr + row * stride_low + r, mask=r < rank, other=0.0)
         dt = tl.sum(weight.to(tl.float32) * low.to(tl.float32)[None, :], axis=1)
-        dt += dt_bias
     else:
         dt = tl.load(low_ptr + row * stride_low + i, mask=i_inside, other=0.0).to(tl.float32)
+    if dt_bias_ptr is not None:
+        dt += dt_bias
     dt = softplus(dt)
     x = tl.load(x_ptr + row * stride_x + i, mask=i_inside, other=0.0).to(tl.float32)
     B = tl.load(B_ptr + row * stride_BC + n, mask=n_inside, other=0.0).to(tl.float32)

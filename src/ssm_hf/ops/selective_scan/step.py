@@ -45,7 +45,7 @@ def mamba1_step(
         A_log: (I, N).
         D: (I,).
         dt_weight: (I, R) step projection, or None.
-        dt_bias: (I,), its bias; given with `dt_weight`.
+        dt_bias: (I,), added to the step size, or None; always given with `dt_weight`.
         overlap: what is read beside dt, B and C was not written by the kernel launched just
             before, so that it may be read while that one still runs.
         impl: `"auto"`, `"reference"` or `"triton"`.
@@ -60,8 +60,8 @@ def mamba1_step(
     Source: Gu and Dao 2023, equation 2 and algorithm 2.
     """
     batch, inner, states = state.shape
-    if (dt_weight is None) != (dt_bias is None):
-        raise ValueError("dt_weight and dt_bias are given together or not at all")
+    if dt_weight is not None and dt_bias is None:
+        raise ValueError("dt_weight is given without dt_bias")
     width = inner if dt_weight is None else dt_weight.shape[1]
     for name, value, shape in (
         ("x", x, (batch, inner)),
@@ -109,8 +109,10 @@ def mamba1_step_torch(
     del overlap
     wide = compute_dtype(x, state)
     h = state if state.dtype == wide else state.to(wide)
-    if dt_weight is not None and dt_bias is not None:
-        dt = F.linear(dt.to(wide), dt_weight.to(wide), dt_bias.to(wide))
+    if dt_weight is not None:
+        dt = F.linear(dt.to(wide), dt_weight.to(wide))
+    if dt_bias is not None:
+        dt = dt.to(wide) + dt_bias.to(wide)
     u, B, C, dt = (v.to(wide) for v in (x, B, C, dt))
     dt = F.softplus(dt)
     h.mul_((dt[..., None] * torch.exp(A_log.to(wide))).neg_().exp_())
