@@ -12,7 +12,12 @@ def cross_entropy_kernel(
     logits_ptr, targets_ptr, losses_ptr, stride, vocabulary, ignore_index,
     GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Loss of one token a program; its logits become their gradient."""
+    """Loss of one token a program; its logits become their gradient.
+
+    Rows are `stride` apart and at least as wide as the vocabulary. What lies behind it is read and
+    written too, without effect: a vocabulary that is no multiple of 16 would be read element by
+    element.
+    """
     token = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + token * stride
     target = tl.load(targets_ptr + token)
@@ -22,14 +27,14 @@ def cross_entropy_kernel(
         if GRADIENT:
             zero = tl.zeros((BLOCK,), logits_ptr.dtype.element_ty)
             for start in range(0, vocabulary, BLOCK):
-                tl.store(row_ptr + start + column, zero, mask=start + column < vocabulary)
+                tl.store(row_ptr + start + column, zero, mask=start + column < stride)
     else:
         highest = _LOWEST
         total = 0.0
         for start in range(0, vocabulary, BLOCK):
-            inside = start + column < vocabulary
-            logits = tl.load(row_ptr + start + column, mask=inside, other=-float("inf"))
-            logits = logits.to(tl.float32)
+            at = start + column
+            logits = tl.load(row_ptr + at, mask=at < stride, other=0.0).to(tl.float32)
+            logits = tl.where(at < vocabulary, logits, -float("inf"))
             new = tl.maximum(highest, tl.max(logits, axis=0))
             total = total * tl.exp(highest - new) + tl.sum(tl.exp(logits - new), axis=0)
             highest = new
@@ -39,10 +44,11 @@ def cross_entropy_kernel(
         tl.store(losses_ptr + token, normaliser - logit)
         if GRADIENT:
             for start in range(0, vocabulary, BLOCK):
-                inside = start + column < vocabulary
-                logits = tl.load(row_ptr + start + column, mask=inside, other=0.0).to(tl.float32)
-                grad = tl.exp(logits - normaliser) - tl.where(start + column == target, 1.0, 0.0)
-                tl.store(row_ptr + start + column, grad, mask=inside)
+                at = start + column
+                logits = tl.load(row_ptr + at, mask=at < stride, other=0.0).to(tl.float32)
+                logits = tl.where(at < vocabulary, logits, -float("inf"))
+                grad = tl.exp(logits - normaliser) - tl.where(at == target, 1.0, 0.0)
+                tl.store(row_ptr + at, grad, mask=at < stride)
 
 
 @triton.jit

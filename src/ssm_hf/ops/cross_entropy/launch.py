@@ -11,7 +11,8 @@ from ssm_hf.ops.launch import KERNEL_DTYPES, check_tensors, on_device, tuned
 
 
 def _project(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A `Project` whose rows are aligned, whatever the size of the vocabulary."""
+    """A `Project` whose rows are aligned, and `_score` may write all of them, whatever the size of
+    the vocabulary."""
     row = -(-weight.shape[0] // TILE) * TILE
     logits = h.new_empty(h.shape[0], row)[:, : weight.shape[0]]
     if bias is None:
