@@ -8,6 +8,7 @@ from ssm_hf.ops.causal_conv1d.step import causal_conv1d_step_
 from ssm_hf.ops.dispatch import ImplementationUnavailableError
 from ssm_hf.ops.norm_linear import MOST_ROWS, norm_linear
 from ssm_hf.ops.selective_scan.step import mamba1_step
+from ssm_hf.ops.ssd import step_launch
 from ssm_hf.ops.ssd.step import mamba2_step
 from tests.helpers import kernel_device, relative_error
 
@@ -117,6 +118,19 @@ def _mamba2_case(
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_mamba2_step_equals_torch(case: dict) -> None:
     tensors, options = _mamba2_case(**case)
+    results = _both(mamba2_step, tensors, ("conv_state", "ssm_state", "tickets"), **options)
+    assert not results[0][3].any()
+    _check([r[:3] for r in results], FP32, 1e-7, FP32)
+
+
+@pytest.mark.parametrize(
+    "name", ["usual", "groups", "gated MLP beside", "no conv bias", "two taps", "odd sizes"]
+)
+def test_mamba2_step_of_many_heads_convolves_before(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_launch, "_FEW_PROGRAMS", 1)
+    tensors, options = _mamba2_case(**CASES[name])
     results = _both(mamba2_step, tensors, ("conv_state", "ssm_state", "tickets"), **options)
     assert not results[0][3].any()
     _check([r[:3] for r in results], FP32, 1e-7, FP32)

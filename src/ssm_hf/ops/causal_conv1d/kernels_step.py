@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from ssm_hf.ops.kernels_overlap import wait_for_previous
+
 
 @triton.jit
 def silu(x):
@@ -53,9 +55,10 @@ def shift_window(new, window_ptr, channel, inside, channels, TAPS: tl.constexpr)
 def causal_conv1d_step_kernel(
     x_ptr, window_ptr, weight_ptr, bias_ptr, y_ptr,
     stride_x, stride_y, channels, blocks,
-    TAPS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    TAPS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program: some channels of one row."""
+    wait_for_previous(OVERLAP)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     channel = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = channel < channels

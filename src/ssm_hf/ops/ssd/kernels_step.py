@@ -21,12 +21,12 @@ def softplus(x):
 @triton.jit
 def mamba2_step_kernel(
     proj_ptr, conv_state_ptr, ssm_state_ptr, conv_weight_ptr, conv_bias_ptr, dt_bias_ptr, A_log_ptr,
-    D_ptr, norm_weight_ptr, out_ptr, scratch_ptr, tickets_ptr,
+    D_ptr, norm_weight_ptr, mixed_ptr, out_ptr, scratch_ptr, tickets_ptr,
     stride_proj, stride_out, heads, per_group, groups, head_dim, states, channels, mlp, splits,
     dt_low, dt_high, eps,
     TAPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    CONV: tl.constexpr,  # the convolution is still to be done
+    CONV: tl.constexpr,  # 0: done, in proj; 1: still to be done; 2: done, in `mixed` (B, C)
     NORM: tl.constexpr,  # 0: gate alone; 1: norm(y silu(z)); 2: norm(y) silu(z)
     D_PER_CHANNEL: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -63,12 +63,15 @@ def mamba2_step_kernel(
     conv_in = z_ptr + width
     B_channel = width + group * states + n
     C_channel = B_channel + groups * states
-    x = tl.load(conv_in + x_channel, mask=p_inside, other=0.0)
-    B = tl.load(conv_in + B_channel, mask=n_inside, other=0.0)
-    C = tl.load(conv_in + C_channel, mask=n_inside, other=0.0)
+    mixed = conv_in
+    if CONV == 2:
+        mixed = mixed_ptr + row * channels
+    x = tl.load(mixed + x_channel, mask=p_inside, other=0.0)
+    B = tl.load(mixed + B_channel, mask=n_inside, other=0.0)
+    C = tl.load(mixed + C_channel, mask=n_inside, other=0.0)
     window = conv_state_ptr + row * (TAPS - 1) * channels
     new_x, new_B, new_C = x, B, C
-    if CONV:
+    if CONV == 1:
         x = convolved(new_x, window, conv_weight_ptr, conv_bias_ptr, x_channel, p_inside, channels,
                       TAPS, HAS_BIAS)  # fmt: skip
         B = convolved(new_B, window, conv_weight_ptr, conv_bias_ptr, B_channel, n_inside, channels,
@@ -103,19 +106,19 @@ def mamba2_step_kernel(
         tl.store(out + m, silu(gate) * value, mask=m < mlp)
 
     last = False
-    if CONV or NORM != 0:
+    if CONV == 1 or NORM != 0:
         # All threads have read B, C and their windows, and written y, before the ticket is taken.
         # The state's store comes after it, or the ticket would wait for all of it.
         tl.debug_barrier()
         ticket = tickets_ptr + row * groups + group
         last = tl.atomic_add(ticket, 1, sem="acq_rel") == per_group * splits - 1
     tl.store(state, S, mask=inside)
-    if CONV:
+    if CONV == 1:
         shift_window(new_x, window, x_channel, p_inside, channels, TAPS)
-    if CONV or NORM != 0:  # noqa: SIM102  (decided when the kernel is compiled)
+    if CONV == 1 or NORM != 0:  # noqa: SIM102  (decided when the kernel is compiled)
         if last:
             tl.store(ticket, 0)
-            if CONV:
+            if CONV == 1:
                 shift_window(new_B, window, B_channel, n_inside, channels, TAPS)
                 shift_window(new_C, window, C_channel, n_inside, channels, TAPS)
             if NORM != 0:

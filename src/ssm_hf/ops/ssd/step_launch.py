@@ -5,11 +5,13 @@
 import torch
 from torch import Tensor
 
+from ssm_hf.ops.causal_conv1d.step_launch import convolve_into
 from ssm_hf.ops.launch import check_tensors, on_device, overlapping, tuned
 from ssm_hf.ops.ssd.kernels_step import mamba2_step_kernel
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Fewer programs than this leave a GPU's multiprocessors idle.
+# Fewer programs than this leave a GPU's multiprocessors idle. With more, a kernel of its own for
+# the convolution is faster than that each head's program convolves B and C once more.
 _FEW_PROGRAMS = 512
 
 
@@ -63,6 +65,10 @@ def mamba2_step_triton(
     norm = 0 if norm_weight is None else 2 if norm_before_gate else 1
     scratch = proj.new_empty(batch, width, dtype=torch.float32) if norm else None
     size = "few" if batch * heads < _FEW_PROGRAMS else "many"
+    conv, mixed = 0 if convolved else 1, None
+    if conv and size == "many":
+        conv, mixed = 2, proj.new_empty(batch, channels, dtype=torch.float32)
+        overlap = True
     options = dict(tuned("mamba2_step", size, proj.device))
     block_n = _power_of_two(states)
     # As many channels as fill the tuned number of states, but no more than a head has.
@@ -70,6 +76,10 @@ def mamba2_step_triton(
     splits = (head_dim + block_p - 1) // block_p
     per_program = (mlp + heads * splits - 1) // (heads * splits)
     with on_device(proj):
+        if mixed is not None:
+            first = 2 * mlp + width
+            conv_in = proj[:, first : first + channels]
+            convolve_into(mixed, conv_in, conv_state, conv_weight, conv_bias)
         mamba2_step_kernel[(batch * heads * splits,)](
             proj,
             conv_state,
@@ -80,6 +90,7 @@ def mamba2_step_triton(
             A_log,
             D,
             norm_weight,
+            mixed,
             out,
             scratch,
             tickets,
@@ -98,7 +109,7 @@ def mamba2_step_triton(
             norm_eps,
             TAPS=taps,
             HAS_BIAS=conv_bias is not None,
-            CONV=not convolved,
+            CONV=conv,
             NORM=norm,
             D_PER_CHANNEL=D.shape[0] == width and head_dim > 1,
             BLOCK_P=block_p,
