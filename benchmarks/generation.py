@@ -100,7 +100,7 @@ def replay_ms(model: PreTrainedModel) -> float | None:
     captures = list(graphs_of(model).captures.values())
     if not captures:
         return None
-    steps = [g for key, g in captures[-1].graphs.items() if key != "prompt" and g is not None]
+    steps = [g for key, g in captures[-1].graphs.items() if key[0] != "prompt" and g is not None]
     return wall_ms(steps[-1].replay)
 
 

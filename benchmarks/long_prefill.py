@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--output", default=str(RESULTS / "generation.jsonl"))
     args = parser.parse_args()
     ssm_hf.register(override=True)
-    exact = build(args.model, torch.float32, num_hidden_layers=4)
+    exact = build(args.model, torch.float32, num_hidden_layers=3)
     ids = torch.randint(3, 50000, (1, 100_000), device="cuda")
     error = compare(exact, ids, 7_777)
     # fp32 sums over 100 000 tokens, cut in other places
@@ -71,12 +71,15 @@ def main() -> None:
         assert out.shape[1] == length + args.new
         torch.cuda.synchronize()
         values[f"seconds_{length}"] = time.perf_counter() - start
-        # The prompt itself takes 8 bytes a token and its mask and positions 16 more.
         values[f"peak_mib_{length}"] = (torch.cuda.max_memory_allocated() - held) / 2**20
+        print("  ".join(f"{name} {value:.4g}" for name, value in values.items()), flush=True)
+    # Numbers, mask and positions of a prompt are 8 bytes a token each, and `generate` copies them.
+    grown = values[f"peak_mib_{args.tokens}"] - values[f"peak_mib_{args.tokens // 10}"]
+    if grown * 2**20 > 64 * 0.9 * args.tokens:
+        raise SystemExit(f"ten times the tokens take {grown:.0f} MiB more")
     shape = {"tokens": args.tokens, "chunk": args.chunk, "new": args.new}
     append(args.output, record("generation", "long-prefill", "ssm_hf", values, shape=shape,
                                dtype="bfloat16"))  # fmt: skip
-    print("  ".join(f"{name} {value:.4g}" for name, value in values.items()))
 
 
 if __name__ == "__main__":

@@ -94,7 +94,8 @@ class Operations(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def _captures_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefill, "PIECE", 4)
+    monkeypatch.setattr(prefill, "SMALL", 4)
+    monkeypatch.setattr(prefill, "LARGE", 8)
     if DEVICE.type != "cuda":
         _capture_on_cpu(monkeypatch)
 
@@ -260,15 +261,16 @@ def test_left_padded_rows_equal_single_rows(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("width", [3, 4, 19, 33])
-@pytest.mark.parametrize("side", ["left", "right", "both"])
+@pytest.mark.parametrize("width", [3, 4, 15, 16, 19, 33])
+@pytest.mark.parametrize("side", ["left", "right", "both", "none"])
 def test_prompts_read_in_pieces_equal_one_pass(
     model: PreTrainedModel, width: int, side: str
 ) -> None:
-    rows = [_ids(1, n)[0] for n in (width, max(width - 9, 1), 1)]
+    lengths = (width,) * 3 if side == "none" else (width, max(width - 9, 1), 1)
+    rows = [_ids(1, n)[0] for n in lengths]
     ids, mask = (torch.zeros(3, width, dtype=torch.long, device=DEVICE) for _ in range(2))
     for i, row in enumerate(rows):
-        pads = {"left": width - len(row), "right": 0, "both": (width - len(row)) // 2}[side]
+        pads = {"left": width - len(row), "both": (width - len(row)) // 2}.get(side, 0)
         ids[i, pads : pads + len(row)], mask[i, pads : pads + len(row)] = row, 1
     for _ in range(3):
         got = _generate(model, ids, attention_mask=mask, max_new_tokens=5,
@@ -282,8 +284,8 @@ def test_prompts_read_in_pieces_equal_one_pass(
         for name, value in layer.state.items():
             # fp32 rounding in another order
             torch.testing.assert_close(value, expected.state[name], atol=1e-4, rtol=1e-4)
-    pieces = -(-width // prefill.PIECE)
-    assert ("prompt" in _latest(model).graphs) == (pieces <= prefill.MOST_PIECES)
+    pieces = [key for key in _latest(model).graphs if key[0] == "prompt"]
+    assert bool(pieces) == (width <= prefill.LARGE * prefill.MOST_PIECES)
 
 
 @torch.no_grad()
@@ -291,11 +293,22 @@ def test_pieces_of_the_usual_size(model: PreTrainedModel, monkeypatch: pytest.Mo
     monkeypatch.undo()
     if DEVICE.type != "cuda":
         _capture_on_cpu(monkeypatch)
-    for length in (300, 512, 7):
+    for length in (600, 512, 7):
         ids = _ids(1, length)
         expected = _generate(model, ids, max_new_tokens=5, disable_compile=True)
         assert torch.equal(_generate(model, ids, max_new_tokens=5), expected)
-    assert _latest(model).graphs["prompt"] is not None
+    assert _latest(model).graphs["prompt", 512, True] is not None
+
+
+def test_how_prompts_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert prefill.cut(1, 1) == [64]
+    assert prefill.cut(1, 65) == [512]
+    assert prefill.cut(1, 512) == [512]
+    assert prefill.cut(2, 1030) == [64, 512, 512]
+    assert prefill.cut(64, 100) == [64, 64]
+    for batch, length in ((1, 2049), (65, 64), (32, 513)):
+        assert prefill.cut(batch, length) is None
 
 
 @torch.no_grad()

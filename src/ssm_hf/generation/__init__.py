@@ -2,7 +2,7 @@
 
 from ssm_hf.generation.graphs import forget_graphs
 from ssm_hf.generation.loop import decode
-from ssm_hf.generation.prefill import Piece, fits, read_prompt
+from ssm_hf.generation.prefill import Piece, cut, read_prompt
 from ssm_hf.generation.select import Recipe, Request, read_request
 from ssm_hf.generation.session import Session, current_session, open_session
 
@@ -12,8 +12,8 @@ __all__ = [
     "Request",
     "Session",
     "current_session",
+    "cut",
     "decode",
-    "fits",
     "forget_graphs",
     "open_session",
     "read_prompt",

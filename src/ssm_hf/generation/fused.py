@@ -32,6 +32,7 @@ class FusedSelection(Selection):
         self.at = torch.empty(batch, self.blocks, dtype=torch.int32, device=device)
         self.reals = torch.ones(5, device=device)
         self.top_k = torch.zeros((), dtype=torch.int32, device=device)
+        self._values: list[np.float32] = []
         self.noise = torch.ones(batch, vocabulary, device=device) if recipe.sample else None
         self.scores = torch.empty(batch, vocabulary, device=device) if self.cuts else None
         self.kept = self.index = None
@@ -62,7 +63,10 @@ class FusedSelection(Selection):
             np.float32(recipe.top_p),
             np.float32(recipe.min_p),
         ]
-        self.reals.copy_(torch.tensor(np.array(values)))
+        # Numbers of the host that are copied to the device make the host wait for the prompt.
+        if values != self._values:
+            self._values = values
+            self.reals.copy_(torch.tensor(np.array(values)))
         self.top_k.fill_(recipe.top_k)
 
     def choose(self, logits: Tensor) -> None:

@@ -1,10 +1,11 @@
-"""The prompt in pieces of one size, each a replay of the same captured pass.
+"""The prompt in pieces of fixed sizes, each a replay of the same captured pass.
 
 A forward pass over a short prompt keeps the host busy for much longer than the GPU. The launches of
-a piece are recorded once per batch size; a prompt of any length is then a few replays. The first
-piece is filled up with pads on its left, which a mask on the device tells apart from tokens.
+a piece are recorded once per batch size; a prompt of any length is then a few replays. What does
+not fill a piece comes first, behind pads that a mask on the device tells apart from tokens.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -14,31 +15,44 @@ from torch import Tensor
 from ssm_hf.cache import RecurrentCache
 from ssm_hf.generation.session import Session
 
-# Tokens of a row in one piece: enough for a GPU to be busy with the weights it reads.
-PIECE = 256
+# Tokens of a row in one piece. A small one costs little more than the launches; in a large one the
+# GPU is busy with the weights it reads.
+SMALL, LARGE = 64, 512
 # Beyond these a pass as it is keeps the GPU busy, and the memory of a capture grows.
-MOST_PIECES = 8
+MOST_PIECES = 4
 MOST_TOKENS = 4096  # of one piece, in all rows together
 
 
 class Piece:
-    """Input and output of the captured pass.
+    """Input and output of a captured pass.
 
     Attributes:
-        ids: (B, PIECE) int64.
-        mask: (B, PIECE) bool, True at real tokens.
+        ids: (B, size) int64.
+        mask: (B, size) bool, True at real tokens; None where all are.
         last: (B, 1, D), what the head is given for each row's last real token so far.
     """
 
-    def __init__(self, batch: int, last: Tensor) -> None:
-        self.ids = torch.zeros(batch, PIECE, dtype=torch.long, device=last.device)
-        self.mask = torch.zeros(batch, PIECE, dtype=torch.bool, device=last.device)
+    def __init__(self, ids: Tensor, mask: Tensor | None, last: Tensor) -> None:
+        self.ids = torch.zeros_like(ids)
+        self.mask = None if mask is None else torch.zeros_like(mask)
         self.last = last
 
+    def fill(self, ids: Tensor, mask: Tensor | None) -> None:
+        """The next tokens to read."""
+        self.ids.copy_(ids)
+        if self.mask is not None and mask is not None:
+            self.mask.copy_(mask)
 
-def fits(batch: int, length: int) -> bool:
-    """Whether prompts of (B, T) tokens are few pieces."""
-    return length <= MOST_PIECES * PIECE and batch * PIECE <= MOST_TOKENS
+
+def cut(batch: int, length: int) -> list[int] | None:
+    """Sizes of the pieces of a prompt, together at least its length; None where it is too long."""
+    large = LARGE
+    while large > SMALL and batch * large > MOST_TOKENS:
+        large //= 2
+    rest = length % large
+    first = [] if rest == 0 else [SMALL if rest <= SMALL else large]
+    sizes = first + [large] * (length // large)
+    return sizes if batch * large <= MOST_TOKENS and len(sizes) <= MOST_PIECES else None
 
 
 def read_prompt(
@@ -54,7 +68,7 @@ def read_prompt(
     Args:
         session: open session of the model.
         cache: continued, and counted on.
-        ids: new tokens; see `fits`.
+        ids: new tokens, of which `cut` knows the pieces.
         mask: True at real tokens.
         make_last: memory for `Piece.last`.
         read: the pass over one piece; it must not wait for the device.
@@ -64,23 +78,25 @@ def read_prompt(
         in another way: nothing has happened then.
     """
     batch, length = ids.shape
-    pieces = -(-length // PIECE)
+    sizes = cut(batch, length)
     capture = session.capture_for(cache)
-    if capture is None or "prompt" in capture.refused:
+    if sizes is None or capture is None or capture.refused:
         return None
-    piece: Piece = capture.buffers("prompt", lambda: Piece(batch, make_last()))
-    piece.last.zero_()
-    if mask is None:
-        mask = torch.ones_like(ids, dtype=torch.bool)
-    pads = pieces * PIECE - length
-    ids, mask = F.pad(ids, (pads, 0)), F.pad(mask, (pads, 0), value=False)
-
-    def body() -> None:
-        read(piece, capture.cache)
-
-    for start in range(0, pieces * PIECE, PIECE):
-        piece.ids.copy_(ids[:, start : start + PIECE])
-        piece.mask.copy_(mask[:, start : start + PIECE])
-        session.run_anyway(capture, "prompt", body)
+    last: Tensor = capture.buffers("last", make_last)
+    last.zero_()
+    pads = sum(sizes) - length
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+    ids, real = F.pad(ids, (pads, 0)), F.pad(real, (pads, 0), value=False)
+    start = 0
+    for size in sizes:
+        span = slice(start, start + size)
+        part, part_real = ids[:, span], None
+        if mask is not None or start < pads:
+            part_real = real[:, span]
+        key = ("prompt", size, part_real is None)
+        piece: Piece = capture.buffers(key, functools.partial(Piece, part, part_real, last))
+        piece.fill(part, part_real)
+        session.run_anyway(capture, key, functools.partial(read, piece, capture.cache))
+        start += size
     cache.seen_tokens += length
-    return piece.last
+    return last

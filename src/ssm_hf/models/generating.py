@@ -15,8 +15,8 @@ from ssm_hf.generation import (
     Request,
     Session,
     current_session,
+    cut,
     decode,
-    fits,
     open_session,
     read_prompt,
     read_request,
@@ -225,7 +225,7 @@ class GeneratingMixin:
             return None
         ids = _new_tokens(input_ids, model_kwargs)
         batch, length = ids.shape
-        if not length or not fits(batch, length) or cache.batch_size not in (-1, batch):
+        if not length or cut(batch, length) is None or cache.batch_size not in (-1, batch):
             return None
         if any(layer.record_past for layer in cache.layers):
             return None
@@ -266,9 +266,11 @@ class GeneratingMixin:
                 weight: Any = mixer.in_proj.weight  # pyright: ignore[reportAttributeAccessIssue]
                 wide = layer.state_dtype or compute_dtype(weight)
                 layer.state = {
-                    name: weight.new_zeros(shape, dtype=None if name == "conv_state" else wide)
+                    name: weight.new_empty(shape, dtype=None if name == "conv_state" else wide)
                     for name, shape in mixer.state_shapes(batch).items()
                 }
+        states = [t for layer in cache.layers for t in layer.state.values()]
+        torch._foreach_zero_(states)  # pyright: ignore[reportPrivateImportUsage]
 
     def _read_piece(self: Any, piece: Piece, cache: RecurrentCache) -> None:
         """Pass over one piece of a prompt; nothing in it waits for the device."""
@@ -279,11 +281,14 @@ class GeneratingMixin:
         seq = SequenceInfo(mask=piece.mask)
         for block in blocks:
             update, stream = block(update, stream, seq, past_key_values=cache)
+        if piece.mask is None:
+            hidden, _ = norm(update[:, -1:], None if stream is None else stream[:, -1:])
+            piece.last.copy_(hidden)
+            return
         position = torch.arange(piece.mask.shape[1], device=piece.mask.device)
         at = torch.where(piece.mask, position, 0).amax(dim=1)[:, None, None]
         at = at.expand(-1, 1, update.shape[-1])
-        update, stream = (None if v is None else v.gather(1, at) for v in (update, stream))
-        hidden, _ = norm(update, stream)
+        hidden, _ = norm(update.gather(1, at), None if stream is None else stream.gather(1, at))
         # A row whose tokens have all come in earlier pieces keeps what it has.
         new = piece.mask.any(dim=1)[:, None, None]
         piece.last.copy_(torch.where(new, hidden.to(piece.last.dtype), piece.last))
