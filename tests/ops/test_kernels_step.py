@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ssm_hf.ops import launch
 from ssm_hf.ops.causal_conv1d.step import causal_conv1d_step_
 from ssm_hf.ops.dispatch import ImplementationUnavailableError
 from ssm_hf.ops.norm_linear import MOST_ROWS, norm_linear
@@ -228,6 +229,53 @@ def test_norm_linear_reads_bf16_weights_and_writes_the_asked_dtype() -> None:
     y = norm_linear(**tensors, eps=1e-5, out_dtype=torch.bfloat16, impl="triton")
     assert y.dtype == torch.bfloat16
     assert relative_error(y, wanted) < BF16
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="there is no CUDA device")
+def test_overlapping_kernels_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers of three kernels, each of which may begin before the one in front of it has ended."""
+    size, heads, layers = 256, 4, 12
+    cases = [
+        _mamba2_case(torch.bfloat16, heads=heads, batch=1, norm=None)[0] for _ in range(layers)
+    ]
+    width, outputs = heads * 8, cases[0]["proj"].shape[1]
+    weights = [
+        (_draw(outputs, size, dtype=torch.bfloat16), _draw(size, width, dtype=torch.bfloat16))
+        for _ in range(layers)
+    ]
+    norm = _draw(size)
+    options = {"n_groups": 1, "convolved": True, "overlap": True}
+
+    def run(overlap: bool) -> list[Tensor]:
+        monkeypatch.setattr(launch, "OVERLAP", overlap)
+        torch.manual_seed(0)
+        x = _draw(1, size)
+        states = [{n: c[n].clone() for n in ("conv_state", "ssm_state")} for c in cases]
+
+        def step() -> None:
+            y = x
+            for case, state, (inner, outer) in zip(cases, states, weights, strict=True):
+                given = {n: t for n, t in case.items() if n not in ("proj", "norm_weight")} | state
+                proj = norm_linear(
+                    y, inner, norm_weight=norm, eps=1e-5, conv_state=state["conv_state"],
+                    conv_weight=case["conv_weight"], conv_bias=case["conv_bias"], conv_first=width,
+                    out_dtype=torch.float32, overlap=True,
+                )  # fmt: skip
+                out = mamba2_step(proj, **given, **options)
+                y = norm_linear(out, outer, residual=y, overlap=True)
+            x.copy_(y / y.norm())
+
+        step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        for _ in range(300):
+            graph.replay()
+        return [x, *(t for state in states for t in state.values())]
+
+    for got, wanted in zip(run(True), run(False), strict=True):
+        assert torch.equal(got, wanted)
 
 
 def test_unsupported_arguments_name_what_is_supported() -> None:

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ssm_hf.generation.fused import FusedSelection
 from ssm_hf.generation.select import Recipe
-from ssm_hf.ops import launch
 from ssm_hf.ops.causal_conv1d.step import causal_conv1d_step_
 from ssm_hf.ops.norm_linear import norm_linear
 from ssm_hf.ops.selective_scan.step import mamba1_step
@@ -39,14 +38,8 @@ def aot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "mamba2-gated-mlp", lambda: mamba2_step(wide, **mamba2, **late)
     yield "mamba2-convolved", lambda: mamba2_step(proj.float(), **mamba2, convolved=True)
 
-    def overlapping() -> None:
-        launch.OVERLAP = True
-        try:
-            mamba2_step(proj.float(), **mamba2, convolved=True, overlap=True)
-        finally:
-            launch.OVERLAP = False
-
-    yield "mamba2-overlapping", overlapping
+    after = {**mamba2, "convolved": True, "overlap": True}
+    yield "mamba2-overlapping", lambda: mamba2_step(proj.float(), **after)
 
     x, z = _bf16(8, 2 * 1536).chunk(2, dim=1)
     dt, B, C = _bf16(8, 80).split([48, 16, 16], dim=1)
