@@ -17,6 +17,7 @@ RECIPES = {
     "temperature": Recipe(sample=True, temperature=0.7),
     "top-k": Recipe(sample=True, top_k=17),
     "top-k, more than there are": Recipe(sample=True, top_k=10**6),
+    "top-k and top-p of many": Recipe(sample=True, top_k=300, top_p=0.9),
     "top-p": Recipe(sample=True, top_p=0.8),
     "top-p, one token": Recipe(sample=True, top_p=0.0),
     "min-p": Recipe(sample=True, min_p=0.05),

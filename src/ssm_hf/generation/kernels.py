@@ -5,6 +5,9 @@ import triton.language as tl
 
 from ssm_hf.ops.kernels_overlap import wait_for_previous
 
+# As many scores are compared with each other, in place of 32 halvings of an interval.
+FEW = tl.constexpr(128)
+
 
 @triton.jit
 def ordered(score):
@@ -69,6 +72,29 @@ def mass_above(score_ptr, size, threshold, largest, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def least_within(score_ptr, size, wanted, largest, FEW: tl.constexpr):
+    """Order of the least of at most FEW scores that have less than the wanted mass above them."""
+    i = tl.arange(0, FEW)
+    score = tl.load(score_ptr + i, mask=i < size, other=float("-inf"))
+    other = tl.load(score_ptr + i[None, :], mask=i[None, :] < size, other=float("-inf"))
+    above = ordered(other) > ordered(score)[:, None]
+    mass = tl.sum(tl.where(above, tl.exp(other - largest), 0.0), axis=1)
+    within = tl.where((i < size) & (mass < wanted), ordered(score), 0xFFFFFFFF)
+    return tl.minimum(tl.min(within), ordered(largest))
+
+
+@triton.jit
+def least_of_best(best_ptr, blocks, wanted, BLOCK_PARTS: tl.constexpr):
+    """Order of the wanted-th largest of a row's parts' best scores; 0 where there are fewer."""
+    part = tl.arange(0, BLOCK_PARTS)
+    best = tl.load(best_ptr + part, mask=part < blocks, other=float("-inf"))
+    other = tl.load(best_ptr + part[None, :], mask=part[None, :] < blocks, other=float("-inf"))
+    greater = tl.sum((ordered(other) > ordered(best)[:, None]).to(tl.int32), axis=1)
+    reached = tl.where((part < blocks) & (greater < wanted), ordered(best), 0xFFFFFFFF)
+    return tl.where(wanted <= blocks, tl.min(reached), 0)
+
+
+@triton.jit
 def cut_kernel(
     scores_ptr, noise_ptr, best_ptr, at_ptr, reals_ptr, top_k_ptr, kept_ptr, index_ptr,
     vocabulary, blocks,
@@ -92,16 +118,29 @@ def cut_kernel(
     kept = scores
 
     if TOP_K:
-        index = index_ptr + row * vocabulary
-        # The k-th largest score, eight bits of its order at a time.
         left = tl.minimum(tl.load(top_k_ptr), vocabulary)
+        kept = kept_ptr + row * vocabulary
+        index = index_ptr + row * vocabulary
+        # As many scores as are wanted reach the parts' best ones: less than these cannot stay.
+        bound = least_of_best(best_ptr + row * blocks, blocks, left, BLOCK_PARTS)
+        size = 0
+        for start in range(0, vocabulary, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            score = tl.load(scores + i, mask=i < vocabulary, other=float("-inf"))
+            stays = (i < vocabulary) & (ordered(score) >= bound)
+            place = size + tl.cumsum(stays.to(tl.int32), axis=0) - 1
+            tl.store(kept + place, score, mask=stays)
+            tl.store(index + place, i, mask=stays)
+            size += tl.sum(stays.to(tl.int32))
+        tl.debug_barrier()
+        # The k-th largest score, eight bits of its order at a time.
         prefix = tl.zeros([], tl.uint32)
         for digit in tl.static_range(4):
             counts = tl.zeros([256], tl.int32)
-            for start in range(0, vocabulary, BLOCK):
-                i = start + tl.arange(0, BLOCK)
-                inside = i < vocabulary
-                order = ordered(tl.load(scores + i, mask=inside, other=float("-inf")))
+            for start in range(0, size, BLOCK_KEPT):
+                i = start + tl.arange(0, BLOCK_KEPT)
+                inside = i < size
+                order = ordered(tl.load(kept + i, mask=inside, other=float("-inf")))
                 if digit > 0:
                     inside = inside & ((order >> (32 - 8 * digit)) == (prefix >> (32 - 8 * digit)))
                 counts += tl.histogram(
@@ -112,15 +151,18 @@ def cut_kernel(
             value = tl.arange(0, 256)
             left -= tl.sum(tl.where(value == found, at_least - counts, 0))
             prefix = prefix | (found.to(tl.uint32) << (24 - 8 * digit))
-        kept = kept_ptr + row * vocabulary
+        found_before = size
         size = 0
-        for start in range(0, vocabulary, BLOCK):
-            i = start + tl.arange(0, BLOCK)
-            score = tl.load(scores + i, mask=i < vocabulary, other=float("-inf"))
-            stays = (i < vocabulary) & (ordered(score) >= prefix)
+        for start in range(0, found_before, BLOCK_KEPT):
+            i = start + tl.arange(0, BLOCK_KEPT)
+            score = tl.load(kept + i, mask=i < found_before, other=float("-inf"))
+            token = tl.load(index + i, mask=i < found_before, other=0)
+            stays = (i < found_before) & (ordered(score) >= prefix)
             place = size + tl.cumsum(stays.to(tl.int32), axis=0) - 1
+            # What stays moves towards the front, over what has been read.
+            tl.debug_barrier()
             tl.store(kept + place, score, mask=stays)
-            tl.store(index + place, i, mask=stays)
+            tl.store(index + place, token, mask=stays)
             size += tl.sum(stays.to(tl.int32))
         tl.debug_barrier()
 
@@ -132,14 +174,17 @@ def cut_kernel(
     if TOP_P:
         zero = tl.zeros([], tl.uint32)
         wanted = tl.load(reals_ptr + 3) * mass_above(kept, size, zero, largest, BLOCK_KEPT)
-        # The largest order with at least the wanted mass above it: the next one is the threshold.
-        bit = tl.full([], 0x80000000, tl.uint32)
-        for _ in range(32):
-            trial = threshold | bit
-            bit = bit >> 1
-            if mass_above(kept, size, trial, largest, BLOCK_KEPT) >= wanted:
-                threshold = trial
-        threshold = tl.minimum(threshold, ordered(largest) - 1) + 1
+        if size <= FEW:
+            threshold = least_within(kept, size, wanted, largest, FEW)
+        else:
+            # The largest order with at least the wanted mass above it: the next is the threshold.
+            bit = tl.full([], 0x80000000, tl.uint32)
+            for _ in range(32):
+                trial = threshold | bit
+                bit = bit >> 1
+                if mass_above(kept, size, trial, largest, BLOCK_KEPT) >= wanted:
+                    threshold = trial
+            threshold = tl.minimum(threshold, ordered(largest) - 1) + 1
         above = mass_above(kept, size, threshold, largest, BLOCK_KEPT)
         ties = 0
         for start in range(0, size, BLOCK_KEPT):
