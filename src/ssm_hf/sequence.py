@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ssm_hf.ops.causal_conv1d import real_first
 from ssm_hf.ops.packing import (
     check_cu_seqlens,
     check_later,
@@ -28,11 +29,14 @@ class SequenceInfo(NamedTuple):
         mask: (B, T) bool, True at real tokens; None when there is no padding.
         seq_idx: (B, T) int64 document number within the row; None when each row is one document.
         position_ids: (B, T) positions as given by the caller, for layers that rotate by them.
+        real_first: of the mask, what layers would otherwise find out each by itself; see
+            `ssm_hf.ops.causal_conv1d.real_first`.
     """
 
     mask: Tensor | None = None
     seq_idx: Tensor | None = None
     position_ids: Tensor | None = None
+    real_first: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def from_inputs(
@@ -106,7 +110,8 @@ class SequenceInfo(NamedTuple):
                 token = torch.arange(length, device=offsets.device)
                 number = torch.searchsorted(offsets[1:].contiguous(), token, right=True)[None]
                 documents["cu_seqlens"] = document_numbers(number, mask)
-        return cls(mask, _agreed(documents), position_ids)
+        order = None if mask is None else real_first(mask)
+        return cls(mask, _agreed(documents), position_ids, order)
 
 
 def check_ids(ids: Tensor, name: str, size: int, ignored: int | None = None) -> None:

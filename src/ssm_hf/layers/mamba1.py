@@ -8,7 +8,7 @@ from transformers import initialization as init
 
 from ssm_hf.cache import RecurrentCache, RecurrentLayer, State
 from ssm_hf.layers.init import dt_bias_values
-from ssm_hf.layers.linear import Linear
+from ssm_hf.layers.linear import Linear, linear_dtype
 from ssm_hf.layers.mixer import (
     CausalConv1d,
     Initialization,
@@ -26,6 +26,7 @@ from ssm_hf.layers.mixer import (
 from ssm_hf.layers.norm import ResidualNorm
 from ssm_hf.ops import selective_scan
 from ssm_hf.ops.causal_conv1d.step import causal_conv1d_step_
+from ssm_hf.ops.mamba1_mix import mamba1_mix
 from ssm_hf.ops.norm_linear import few_rows, norm_linear
 from ssm_hf.ops.packing import compute_dtype
 from ssm_hf.ops.selective_scan.step import mamba1_step
@@ -123,10 +124,13 @@ class Mamba1Mixer(Mixer):
         self, x: Tensor, seq: SequenceInfo, past_key_values: RecurrentCache | None = None
     ) -> Tensor:
         """Mix x (B, T, D); with a cache, continue from its state and update it."""
-        hidden, z = self.in_proj(x).chunk(2, dim=-1)
+        proj = self.in_proj(x)
+        hidden, z = proj.chunk(2, dim=-1)
         layer, state = self._layer(past_key_values, hidden)
         if layer is not None and is_plain_step(x, seq, layer) and all_plain(self.conv1d):
             return self.out_proj(self._step(hidden[:, 0], z[:, 0], layer)[:, None])
+        if layer is None and self._is_plain(proj.dtype):
+            return self._mix(proj, seq)
         conv_in = hidden
         keep = layer is not None
         hidden, conv_state = self.conv1d(hidden, seq, state.get("conv_state"), keep)
@@ -165,6 +169,34 @@ class Mamba1Mixer(Mixer):
                 layer.record(_replay, inputs, constants)
             layer.write({"conv_state": conv_state, "ssm_state": ssm_state})
         return self.out_proj(y)
+
+    def _is_plain(self, dtype: torch.dtype) -> bool:
+        """Whether nothing inside carries more than its weight, and all compute in `dtype`."""
+        inside = (self.x_proj, self.dt_proj)
+        return all_plain(self.conv1d, *inside) and all(
+            linear_dtype(m.weight) == dtype for m in inside
+        )
+
+    def _mix(self, proj: Tensor, seq: SequenceInfo) -> Tensor:
+        """Everything after in_proj, from no state to none, as one operator."""
+        conv, out = self.conv1d, self.out_proj
+        whole = all_plain(out) and linear_dtype(out.weight) == proj.dtype
+        mixed = mamba1_mix(
+            proj,
+            conv.weight[:, 0],
+            conv.bias,
+            self.x_proj.weight,
+            self.dt_proj.weight,
+            self.dt_proj.bias,
+            -torch.exp(self.A_log.to(compute_dtype(self.A_log))),
+            self.D,
+            out.weight if whole else None,
+            out.bias if whole else None,
+            seq_idx=seq.seq_idx,
+            mask=seq.mask,
+            real_first=seq.real_first,
+        )
+        return mixed if whole else out(mixed)
 
     def _step(self, x: Tensor, z: Tensor, layer: RecurrentLayer) -> Tensor:
         """Everything between the outer projections for one token, x, z (B, I) -> (B, I)."""

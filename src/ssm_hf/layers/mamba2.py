@@ -228,6 +228,7 @@ class Mamba2Mixer(Mixer):
             norm_before_gate=norm is not None and norm.norm_before_gate,
             seq_idx=seq.seq_idx,
             mask=seq.mask,
+            real_first=seq.real_first,
         )
         return mixed if whole else out(mixed)
 

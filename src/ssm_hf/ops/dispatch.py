@@ -21,6 +21,7 @@ OPERATORS = (
     "causal_conv1d",
     "linear_cross_entropy",
     "linear_scan",
+    "mamba1_mix",
     "mamba2_mix",
     "norm_linear",
     "rms_norm",

@@ -9,19 +9,35 @@ from ssm_hf.ops.causal_conv1d.reference import (
     causal_conv1d_step,
     causal_conv1d_torch,
 )
-from ssm_hf.ops.dispatch import HAS_TRITON, pick
+from ssm_hf.ops.dispatch import HAS_TRITON, pick, runs_kernels
 from ssm_hf.ops.launch import unsupported_dtypes
 from ssm_hf.ops.packing import check_packing, in_given_precision
 
 if HAS_TRITON:
+    from ssm_hf.ops.causal_conv1d import launch
     from ssm_hf.ops.causal_conv1d.launch import causal_conv1d_triton
 else:
-    causal_conv1d_triton = None
+    launch = causal_conv1d_triton = None
 
 # Each tap is a register of its own in the kernels.
 MAX_TAPS = 8
 
-__all__ = ["causal_conv1d", "causal_conv1d_recurrent", "causal_conv1d_step"]
+__all__ = ["causal_conv1d", "causal_conv1d_recurrent", "causal_conv1d_step", "real_first"]
+
+
+def real_first(mask: Tensor) -> tuple[Tensor, Tensor] | None:
+    """What kernels of convolutions need to know of a padding mask, for operators that take it.
+
+    Args:
+        mask: (B, T) bool, True = real token.
+
+    Returns:
+        positions (B, T) int32 of each row's real tokens and then its pads, and how many are real
+        (B,) int32; None where `impl="auto"` does not take the kernels.
+    """
+    if launch is None or not runs_kernels("causal_conv1d", mask.device):
+        return None
+    return launch._real_first(mask)
 
 
 @in_given_precision

@@ -39,6 +39,7 @@ def mamba2_mix(
     norm_before_gate: bool = False,
     seq_idx: Tensor | None = None,
     mask: Tensor | None = None,
+    real_first: tuple[Tensor, Tensor] | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """[z | x | B | C | dt] = proj; x, B, C through silu(conv); out_proj(norm(scan, gate z)).
@@ -61,6 +62,7 @@ def mamba2_mix(
         chunk_size, dt_limit, seq_idx, mask: as in `ssd`. Pads carry the number of the document of
             the real token before them.
         norm_eps, norm_before_gate: as in `rms_norm`.
+        real_first: what `causal_conv1d.real_first(mask)` gives, where the caller has it already.
         impl: `"auto"`, `"reference"` or `"triton"`.
 
     Returns:
@@ -124,6 +126,7 @@ def mamba2_mix(
         norm_before_gate,
         seq_idx,
         mask,
+        real_first,
     )
 
 
@@ -144,6 +147,7 @@ def _one_after_another(
     norm_before_gate: bool,
     seq_idx: Tensor | None,
     mask: Tensor | None,
+    real_first: tuple[Tensor, Tensor] | None,
     impl: str,
 ) -> Tensor:
     heads, conv_size = dt_bias.shape[0], conv_weight.shape[0]

@@ -246,14 +246,15 @@ def mamba2_mix_triton(
     norm_before_gate: bool,
     seq_idx: Tensor | None,
     mask: Tensor | None,
+    real_first: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     """As the operators one after another."""
     check_tensors("mamba2_mix", KERNEL_DTYPES, proj=proj, conv_weight=conv_weight,
                   conv_bias=conv_bias, A=A, D=D, dt_bias=dt_bias, norm_weight=norm_weight,
                   out_weight=out_weight, out_bias=out_bias, seq_idx=seq_idx,
                   mask=mask)  # fmt: skip
-    order = counts = None
-    if mask is not None:
+    order, counts = real_first or (None, None)
+    if mask is not None and order is None:
         order, counts = conv._real_first(mask)
     return _forward(
         proj.contiguous(), conv_weight, conv_bias, A.contiguous(), D.contiguous(),

@@ -1,0 +1,226 @@
+"""The inside of a Mamba-1 mixer as one torch operator, whose gradients share a tensor."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssm_hf.ops.causal_conv1d import launch as conv
+from ssm_hf.ops.launch import KERNEL_DTYPES, check_tensors
+from ssm_hf.ops.selective_scan import launch as scan
+
+# Softplus, and bounds of the step size that bound nothing.
+_STEP = (True, 0.0, float("inf"))
+
+
+def _convolved(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    doc: Tensor | None,
+    order: Tensor | None,
+    counts: Tensor | None,
+) -> Tensor:
+    return conv._forward(x, weight, bias, None, doc, None, order, counts, True, False)[0]
+
+
+def _split(low: Tensor, rank: int) -> tuple[Tensor, ...]:
+    """The low-rank step size, B and C: views of what the inner projection gave."""
+    states = (low.shape[-1] - rank) // 2
+    return low.split([rank, states, states], dim=-1)
+
+
+@torch.library.custom_op("ssm_hf::mamba1_mix_fwd", mutates_args=())
+def _forward(
+    proj: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    x_weight: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    out_weight: Tensor | None,
+    out_bias: Tensor | None,
+    doc: Tensor | None,
+    mask: Tensor | None,
+    order: Tensor | None,
+    counts: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The result; what the inner projection gave; what the scan gave (empty: that is the result);
+    and with `save` the scan's states."""
+    hidden, z = proj.chunk(2, dim=-1)
+    x = _convolved(hidden, conv_weight, conv_bias, doc, order, counts)
+    inner_proj = F.linear(x, x_weight.to(x.dtype))
+    low, B, C = _split(inner_proj, dt_weight.shape[1])
+    dt = F.linear(low, dt_weight.to(x.dtype))
+    y, _, states = scan._forward(x, dt, A, B, C, D, z, dt_bias, None, doc, None, mask, *_STEP, save)
+    if out_weight is None:
+        return y, inner_proj, y.new_empty(0), states
+    bias = None if out_bias is None else out_bias.to(y.dtype)
+    return F.linear(y, out_weight.to(y.dtype), bias), inner_proj, y, states
+
+
+@_forward.register_fake
+def _(
+    proj: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    x_weight: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    out_weight: Tensor | None,
+    out_bias: Tensor | None,
+    doc: Tensor | None,
+    mask: Tensor | None,
+    order: Tensor | None,
+    counts: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, inner = proj.shape[:2], A.shape[0]
+    y, _, states = scan._outputs(proj.new_empty(*rows, inner), A, None, save)
+    inner_proj = proj.new_empty(*rows, x_weight.shape[0])
+    if out_weight is None:
+        return y, inner_proj, y.new_empty(0), states
+    return proj.new_empty(*rows, out_weight.shape[0]), inner_proj, y, states
+
+
+@torch.library.custom_op("ssm_hf::mamba1_mix_bwd", mutates_args=())
+def _backward(
+    dout: Tensor,
+    inner_proj: Tensor,
+    y: Tensor,
+    states: Tensor,
+    proj: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    x_weight: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    out_weight: Tensor | None,
+    out_bias: Tensor | None,
+    doc: Tensor | None,
+    mask: Tensor | None,
+    order: Tensor | None,
+    counts: Tensor | None,
+    out_grad: bool,
+) -> list[Tensor]:
+    """Gradients of the ten tensors from proj to out_bias, empty ones for what is None; of the
+    output projection only with `out_grad`."""
+    given = (proj, conv_weight, conv_bias, x_weight, dt_weight, dt_bias, A, D, out_weight, out_bias)
+    grads = _empty_grads(given, out_grad)
+    dproj, dconv_weight, dconv_bias, dx_weight, ddt_weight = grads[:5]
+    (hidden, z), (dhidden, dz) = proj.chunk(2, dim=-1), dproj.chunk(2, dim=-1)
+    empty, rank = proj.new_empty(0), dt_weight.shape[1]
+
+    dy = dout.contiguous()
+    rows = dy.flatten(0, 1)
+    if out_weight is not None:
+        dy = dy @ out_weight.to(dy.dtype)
+    if out_grad:
+        grads[8].copy_(rows.t() @ y.flatten(0, 1))
+        if out_bias is not None:
+            grads[9].copy_(rows.sum(dim=0, dtype=torch.float32))
+
+    x = _convolved(hidden, conv_weight, conv_bias, doc, order, counts)
+    low, B, C = _split(inner_proj, rank)
+    dt = F.linear(low, dt_weight.to(x.dtype))
+    dx, ddt, dA, dB, dC, dD, dgate, dbias, _ = scan._backward(
+        dy, None, x, dt, A, B, C, D, z, dt_bias, None, doc, None, mask, states, *_STEP
+    )
+    del dt, dy
+    dz.copy_(dgate)
+    del dgate
+    grads[5:8] = [dbias, dA, dD]
+
+    dinner_proj = torch.empty_like(inner_proj)
+    for part, grad in zip(
+        _split(dinner_proj, rank), (ddt @ dt_weight.to(ddt.dtype), dB, dC), strict=True
+    ):
+        part.copy_(grad)
+    ddt_weight.copy_(ddt.flatten(0, 1).t() @ low.flatten(0, 1))
+    del ddt
+    flat = dinner_proj.flatten(0, 1)
+    dx_weight.copy_(flat.t() @ x.flatten(0, 1))
+    dx.flatten(0, 1).addmm_(flat, x_weight.to(flat.dtype))
+    conv.gradients_into(
+        dhidden, dconv_weight, dconv_bias, empty, dx, None, hidden, conv_weight, conv_bias, None,
+        doc, None, order, counts, True,
+    )  # fmt: skip
+    return grads
+
+
+def _empty_grads(given: tuple[Tensor | None, ...], out_grad: bool) -> list[Tensor]:
+    proj = given[0]
+    assert proj is not None
+    grads = [proj.new_empty(0) if t is None else t.new_empty(t.shape) for t in given]
+    if not out_grad:
+        grads[-2:] = [proj.new_empty(0), proj.new_empty(0)]
+    return grads
+
+
+@_backward.register_fake
+def _(dout: Tensor, inner_proj: Tensor, y: Tensor, states: Tensor, *inputs: Any) -> list[Tensor]:
+    return _empty_grads(inputs[:10], inputs[-1])
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[1:], *inputs[:14])
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _gradients(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Any, ...]:
+    if dout is None:
+        return (None,) * 15
+    grads = _backward(dout, *ctx.saved_tensors, any(ctx.needs_input_grad[8:10]))
+    wanted = zip(grads, ctx.needs_input_grad, strict=False)
+    return (*(grad if needed else None for grad, needed in wanted), *(None,) * 5)
+
+
+_forward.register_autograd(_gradients, setup_context=_setup)
+
+
+def mamba1_mix_triton(
+    proj: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    x_weight: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    out_weight: Tensor | None,
+    out_bias: Tensor | None,
+    seq_idx: Tensor | None,
+    mask: Tensor | None,
+    real_first: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """As the operators one after another."""
+    inputs = (
+        proj,
+        conv_weight,
+        conv_bias,
+        x_weight,
+        dt_weight,
+        dt_bias,
+        A,
+        D,
+        out_weight,
+        out_bias,
+    )
+    names = ("proj", "conv_weight", "conv_bias", "x_weight", "dt_weight", "dt_bias", "A", "D",
+             "out_weight", "out_bias")  # fmt: skip
+    check_tensors("mamba1_mix", KERNEL_DTYPES, **dict(zip(names, inputs, strict=True)),
+                  seq_idx=seq_idx, mask=mask)  # fmt: skip
+    order, counts = real_first or (None, None)
+    if mask is not None and order is None:
+        order, counts = conv._real_first(mask)
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    return _forward(proj.contiguous(), *inputs[1:], seq_idx, mask, order, counts, save)[0]
