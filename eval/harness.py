@@ -19,9 +19,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
-from transformers import PreTrainedConfig
 
-from eval.model import LoadedModel, load_model, require_eos
+from eval.model import LoadedModel, length_limit, load_model, require_eos
 from eval.options import LmEvalOptions
 from eval.parallel import processes
 from eval.published import averages, compare_published
@@ -31,20 +30,9 @@ from eval.tasks.zero_shot import ZERO_SHOT_TASKS, build_tasks
 log = logging.getLogger(__name__)
 
 UNLIMITED = sys.maxsize // 2  # the harness adds small numbers to it
-LENGTH_FIELDS = ("n_positions", "max_position_embeddings", "n_ctx")
 # Where the search for a batch size begins; too large a batch costs one attempt, memory on a CPU
 # is not so forgiving.
 FIRST_BATCH = {"cuda": 256, "cpu": 16}
-
-
-def length_limit(config: PreTrainedConfig) -> int | None:
-    """Return the longest input that a model's config states, or None.
-
-    Recurrent models have no limit and their configs no such field, for which the harness would
-    assume 2048 and cut longer inputs.
-    """
-    limits = [getattr(config, name, None) for name in LENGTH_FIELDS]
-    return next((limit for limit in limits if limit is not None), None)
 
 
 @register_model("ssm_hf")

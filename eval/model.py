@@ -8,16 +8,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
 import ssm_hf
-from eval.documents import sha256
+from eval.documents import read_rows, sha256
 from eval.parallel import processes
+
+LENGTH_FIELDS = ("n_positions", "max_position_embeddings", "n_ctx")
 
 
 class LoadedModel(NamedTuple):
@@ -141,7 +145,7 @@ def describe_model(name: str, loaded: LoadedModel) -> dict[str, Any]:
     """
     model, config = loaded.model, loaded.model.config
     # Four and eight tokens: both longer than any cache that an implementation rounds up.
-    few, more = (_cache_bytes(model, tokens) for tokens in (4, 8))
+    few, more = (cache_bytes(_cache_of(model, tokens)) for tokens in (4, 8))
     per_token = (more - few) // 4
     return {
         "name": name,
@@ -164,6 +168,45 @@ def describe_model(name: str, loaded: LoadedModel) -> dict[str, Any]:
         f"sha256 {tokenizer_hash(loaded.tokenizer)}",
         "prefix": loaded.tokenizer.decode(list(loaded.prefix)) if loaded.prefix else None,
     }
+
+
+def length_limit(config: PreTrainedConfig) -> int | None:
+    """Return the longest input that a model's config states, or None.
+
+    Recurrent models have no limit and their configs no such field, for which the harness would
+    assume 2048 and cut longer inputs.
+    """
+    limits = [getattr(config, name, None) for name in LENGTH_FIELDS]
+    return next((limit for limit in limits if limit is not None), None)
+
+
+def describe_training(name: str) -> dict[str, Any] | None:
+    """Collect what the training run beside a model's directory says about it.
+
+    Args:
+        name: of the model; `<run>/final` and `<run>/checkpoints/<step>` are looked after.
+
+    Returns:
+        None where there is no run, else JSON values: `config` (path), `seq_len`, `tokens`, `steps`,
+        `train_loss` and `heldout_loss` in nats per token (null where the log has none).
+    """
+    for folder in list(Path(name).absolute().parents)[:2]:
+        config, log = folder / "config.yaml", folder / "log.jsonl"
+        if not (config.is_file() and log.is_file()):
+            continue
+        settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+        events = [row for _, row in read_rows(log)]
+        last = {row["event"]: row for row in events}
+        end = last.get("end") or last.get("train") or {}
+        return {
+            "config": str(config),
+            "seq_len": settings["data"]["seq_len"],
+            "tokens": end.get("tokens", 0),
+            "steps": end.get("step", 0),
+            "train_loss": last.get("train", {}).get("loss"),
+            "heldout_loss": last.get("eval", {}).get("heldout_nats_per_token"),
+        }
+    return None
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
@@ -194,9 +237,13 @@ def _weights_hash(name: str, model: PreTrainedModel) -> str:
 
 
 @torch.no_grad()
-def _cache_bytes(model: PreTrainedModel, tokens: int) -> int:
+def _cache_of(model: PreTrainedModel, tokens: int) -> Any:
     ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
-    cache = model(input_ids=ids, use_cache=True).past_key_values
+    return model(input_ids=ids, use_cache=True).past_key_values
+
+
+def cache_bytes(cache: Any) -> int:
+    """Return the size of all tensors in a cache (transformers' `Cache` or ours)."""
     return sum(tensor.nbytes for layer in cache.layers for tensor in _tensors(vars(layer)))
 
 

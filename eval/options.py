@@ -72,6 +72,57 @@ class NgramOptions:
 
 
 @dataclass(frozen=True)
+class LengthOptions:
+    """Perplexity against length.
+
+    Args:
+        files: long texts, see `PerplexityOptions.files`; every document counts on its own.
+        windows: context lengths W of definition A, in tokens.
+        last: tokens scored at the end of each window.
+        places: windows per document and W, at the same ends for every W.
+        block: tokens of the one long block of definition B; 0 leaves B out.
+        bucket: positions per range of B.
+        chunk: tokens per forward pass; the cache carries the state from one to the next.
+        max_seconds: for one window or block; a length that takes longer is reported as such, and
+            longer ones are not tried.
+    """
+
+    files: list[str]
+    windows: list[int] = field(
+        default_factory=lambda: [1024, 2048, 4096, 8192, 16384, 32768, 65536]
+    )
+    last: int = 100
+    places: int = 10
+    block: int = 65536
+    bucket: int = 2048
+    chunk: int = 2048
+    max_seconds: float = 120.0
+
+    def __post_init__(self) -> None:
+        if not self.files or not (self.windows or self.block):
+            raise ValueError("length needs at least one of files, and windows or a block")
+        require_positive(
+            "length",
+            last=self.last,
+            places=self.places,
+            bucket=self.bucket,
+            chunk=self.chunk,
+            max_seconds=self.max_seconds,
+        )
+        for window in self.windows:
+            if window <= self.last:
+                raise ValueError(
+                    f"length.windows: {window} is not above length.last ({self.last}), of which "
+                    "it would score more tokens than it has context"
+                )
+        if self.block and self.block < 2 * self.bucket:
+            raise ValueError(
+                f"length.block must be 0 or at least two buckets ({2 * self.bucket}), got "
+                f"{self.block}"
+            )
+
+
+@dataclass(frozen=True)
 class LmEvalOptions:
     """Zero-shot tasks of lm-evaluation-harness.
 
@@ -106,6 +157,44 @@ class LmEvalOptions:
         )
         if self.bootstrap_iters < 0:
             raise ValueError(f"lm_eval.bootstrap_iters must be >= 0, got {self.bootstrap_iters}")
+
+
+@dataclass(frozen=True)
+class EfficiencyOptions:
+    """Speed and memory at every length.
+
+    Args:
+        lengths: tokens of the prompt, and in the cache while decoding.
+        batch_sizes: sequences that decode together.
+        new_tokens: decoded in a timed run.
+        warmup: runs before the timed ones.
+        repeats: timed runs, of which the median is reported.
+        chunk: prompts are read in pieces of so many tokens; null reads them whole.
+        max_seconds: for one measurement; what takes longer is reported as such, and not tried at
+            greater lengths.
+    """
+
+    lengths: list[int] = field(default_factory=lambda: [2048, 8192, 32768, 131072])
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 8, 128])
+    new_tokens: int = 64
+    warmup: int = 2
+    repeats: int = 5
+    chunk: int | None = None
+    max_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        if not self.lengths or not self.batch_sizes:
+            raise ValueError("efficiency needs at least one of lengths and one of batch_sizes")
+        require_positive(
+            "efficiency",
+            shortest=min(self.lengths),
+            smallest=min(self.batch_sizes),
+            new_tokens=self.new_tokens,
+            warmup=self.warmup,
+            repeats=self.repeats,
+            chunk=self.chunk,
+            max_seconds=self.max_seconds,
+        )
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def finish(
         store: of the task; finished samples are taken from it, new ones are added one by one.
         ids: of all samples.
         work: takes the ids that this process has to do, yields (id, sample) as each is done, in
-            any order.
+            any order. A sample {"failed": reason} is kept, and tried again by the next run.
 
     Returns:
         The samples of `ids`, in order, in every process.
@@ -39,7 +39,7 @@ def finish(
     group = processes()
     # A share of all ids and not of those left: a process that starts later sees fewer left.
     share = ids[group.process_index :: group.num_processes]
-    todo = [id for id in share if id not in store.done]
+    todo = [id for id in share if "failed" in store.done.get(id, {"failed": ""})]
     if todo:
         for id, sample in work(todo):
             store.add(id, sample)

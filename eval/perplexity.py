@@ -13,8 +13,10 @@ the tokens before it. The two modes differ in what the model remembers:
 For documents of at most `window` tokens they are the same computation.
 """
 
+import hashlib
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +28,8 @@ from transformers import PreTrainedModel
 
 from eval.documents import Document, sha256
 from eval.model import LoadedModel
+from eval.parallel import finish, processes
+from eval.samples import SampleStore
 
 
 class Segment(NamedTuple):
@@ -60,6 +64,7 @@ def score_tokens(
     stateful: bool,
     batch_size: int,
     description: str = "scoring",
+    bar: tqdm | None = None,
 ) -> list[TokenScores]:
     """Compute -log p(token | the tokens before it) of every token but each sequence's first.
 
@@ -68,7 +73,8 @@ def score_tokens(
             `window` needs one whose cache takes several tokens per call.
         sequences: token ids.
         window, stateful, batch_size: see `PerplexityOptions`.
-        description: label of the progress bar, which counts tokens.
+        description: what is scored, for messages.
+        bar: progress bar that counts tokens.
 
     Returns:
         One entry per sequence, in order.
@@ -85,22 +91,21 @@ def score_tokens(
         for i, sequence in enumerate(sequences)
         for segment in _segments(i, len(sequence) - 1, window, stateful)
     ]
-    total = sum(len(score.nats) for score in scores)
-    with tqdm(total=total, desc=description, unit="token", unit_scale=True) as bar:
-        for batch in _batches(segments, batch_size):
-            tokens = [sequences[s.sequence][s.start : s.end + 1] for s in batch]
-            for segment, nats in zip(batch, _score_batch(model, tokens, window), strict=True):
-                target = slice(segment.scored, segment.end)
-                nats = nats[segment.scored - segment.start :]
-                if not np.isfinite(nats).all():
-                    raise ValueError(
-                        f"{description}: the log-likelihoods of sequence {segment.sequence} are "
-                        "not finite"
-                    )
-                scores[segment.sequence].nats[target] = nats
-                scores[segment.sequence].position[target] = np.arange(
-                    segment.scored - segment.start, segment.end - segment.start
+    for batch in _batches(segments, batch_size):
+        tokens = [sequences[s.sequence][s.start : s.end + 1] for s in batch]
+        for segment, nats in zip(batch, _score_batch(model, tokens, window), strict=True):
+            target = slice(segment.scored, segment.end)
+            nats = nats[segment.scored - segment.start :]
+            if not np.isfinite(nats).all():
+                raise ValueError(
+                    f"{description}: the log-likelihoods of sequence {segment.sequence} are "
+                    "not finite"
                 )
+            scores[segment.sequence].nats[target] = nats
+            scores[segment.sequence].position[target] = np.arange(
+                segment.scored - segment.start, segment.end - segment.start
+            )
+            if bar is not None:
                 bar.update(len(nats))
     return scores
 
@@ -162,6 +167,7 @@ def file_perplexity(
     window: int,
     stateful: bool,
     batch_size: int,
+    samples: str | Path | None = None,
 ) -> dict[str, Any]:
     """Score the documents of one file.
 
@@ -170,6 +176,7 @@ def file_perplexity(
         path: file the documents were read from, for the record.
         documents: texts; bytes are counted in UTF-8, words are separated by white space.
         window, stateful, batch_size: see `PerplexityOptions`.
+        samples: folder of finished documents, which several processes share; None keeps nothing.
 
     Returns:
         JSON values: sizes, `bits_per_byte`, `nats_per_token`, `token_perplexity`,
@@ -179,19 +186,52 @@ def file_perplexity(
     Raises:
         ValueError: there is no token to score, or a loss is not finite.
     """
-    scores = score_tokens(
-        loaded.model,
-        [loaded.encode(document.text) for document in documents],
-        window=window,
-        stateful=stateful,
-        batch_size=batch_size,
-        description=f"perplexity {Path(path).name}",
-    )
-    nats = np.concatenate([score.nats for score in scores]).astype(np.float64)
-    position = np.concatenate([score.position for score in scores])
-    if len(nats) == 0:
+    description = f"perplexity {Path(path).name}"
+
+    def work(todo: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+        ids = {id: loaded.encode(documents[int(id)].text) for id in todo}
+        # Longest first, in groups of similar lengths; a stopped run loses one group.
+        todo = sorted(todo, key=lambda id: -len(ids[id]))
+        total = sum(max(len(sequence) - 1, 0) for sequence in ids.values())
+        quiet = not processes().is_main_process
+        with tqdm(
+            total=total, desc=description, unit="token", unit_scale=True, disable=quiet
+        ) as bar:
+            for start in range(0, len(todo), batch_size):
+                group = todo[start : start + batch_size]
+                scores = score_tokens(
+                    loaded.model,
+                    [ids[id] for id in group],
+                    window=window,
+                    stateful=stateful,
+                    batch_size=batch_size,
+                    description=description,
+                    bar=bar,
+                )
+                for id, score in zip(group, scores, strict=True):
+                    yield id, {"curve": position_sums(score)}
+
+    every = [str(i) for i in range(len(documents))]
+    if samples is None:
+        done = dict(work(every))
+        scored = [done[id] for id in every]
+    else:
+        texts = "\n".join(hashlib.sha256(d.text.encode()).hexdigest() for d in documents)
+        settings = {
+            "documents": hashlib.sha256(texts.encode()).hexdigest(),
+            "window": window,
+            "stateful": stateful,
+        }
+        task = re.sub(r"[^\w.+=,-]", "_", Path(path).name)
+        store = SampleStore(
+            samples, model=loaded.identity, section="perplexity", task=task, settings=settings
+        )
+        scored = finish(store, every, work)
+    curve = add_curves([document["curve"] for document in scored])
+    tokens = sum(p["tokens"] for p in curve)
+    if tokens == 0:
         raise ValueError(f"{path}: no token to score, its documents have one token and no prefix")
-    total = float(nats.sum())
+    total = math.fsum(p["total"] for p in curve)
     size = sum(len(document.text.encode("utf-8")) for document in documents)
     words = sum(len(document.text.split()) for document in documents)
     return {
@@ -200,13 +240,21 @@ def file_perplexity(
         "documents": len(documents),
         "bytes": size,
         "words": words,
-        "tokens": len(nats),
+        "tokens": tokens,
         "nats": total,
         "bits_per_byte": total / math.log(2) / size,
-        "nats_per_token": total / len(nats),
-        "token_perplexity": _exp(total / len(nats)),
+        "nats_per_token": total / tokens,
+        "token_perplexity": _exp(total / tokens),
         "word_perplexity": _exp(total / words) if words else None,
-        "curve": position_curve(position, nats),
+        "curve": [
+            {
+                "start": p["start"],
+                "end": p["end"],
+                "tokens": p["tokens"],
+                "nats": p["total"] / p["tokens"],
+            }
+            for p in curve
+        ],
     }
 
 
@@ -215,27 +263,32 @@ def _exp(value: float) -> float | None:
     return math.exp(value) if value < 700 else None
 
 
-def position_curve(position: np.ndarray, nats: np.ndarray) -> list[dict[str, Any]]:
-    """Average losses over the position ranges 0, 1, 2-3, 4-7, 8-15, ...
-
-    Args:
-        position: (n,) number of tokens read before.
-        nats: (n,) loss of each token.
+def position_sums(score: TokenScores) -> list[dict[str, Any]]:
+    """Sum one sequence's losses over the position ranges 0, 1, 2-3, 4-7, 8-15, ...
 
     Returns:
-        One {"start", "end", "tokens", "nats"} per non-empty range, `end` exclusive, `nats` the
-        mean.
+        One {"start", "end", "tokens", "total"} per non-empty range, `end` exclusive.
     """
-    bucket = np.frexp(position.astype(np.float64))[1]  # the number of binary digits
+    bucket = np.frexp(score.position.astype(np.float64))[1]  # the number of binary digits
     curve = []
     for b in np.unique(bucket):
-        inside = nats[bucket == b]
+        inside = score.nats[bucket == b].astype(np.float64)
         curve.append(
             {
                 "start": 0 if b == 0 else 2 ** (int(b) - 1),
                 "end": 2 ** int(b),
                 "tokens": len(inside),
-                "nats": float(inside.mean()),
+                "total": float(inside.sum()),
             }
         )
     return curve
+
+
+def add_curves(curves: Iterable[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Add up the sums of several sequences, range by range."""
+    ranges: dict[int, dict[str, Any]] = {}
+    for point in (point for curve in curves for point in curve):
+        known = ranges.setdefault(point["start"], {**point, "tokens": 0, "total": 0.0})
+        known["tokens"] += point["tokens"]
+        known["total"] += point["total"]
+    return [ranges[start] for start in sorted(ranges)]

@@ -4,6 +4,7 @@ Any value of the suite can be overridden with `--section.key VALUE` (see eval/su
 """
 
 import argparse
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -12,9 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import ssm_hf
-from eval.model import describe_environment, describe_model, load_model, load_tokenizer
+from eval.blocks import Results, Run
+from eval.model import (
+    describe_environment,
+    describe_model,
+    describe_training,
+    length_limit,
+    load_model,
+    load_tokenizer,
+)
 from eval.parallel import processes
-from eval.report import Results, summary, write_report
+from eval.report import summary, write_report
 from eval.sections import SECTIONS, Job
 from eval.suite import Suite, load_suite
 
@@ -31,21 +40,27 @@ def check_inputs(model: str, suite: Suite) -> None:
             section.check(options, suite, tokenizer)
 
 
-def evaluate(model: str, suite: Suite, suite_file: str, output: Path) -> Results:
+def evaluate(model: str, suite: Suite, *, suite_file: str, command: str, output: Path) -> Results:
     """Load a model, run every section of the suite, and return the results as JSON values.
 
     Args:
         model: directory or Hub name.
         suite: what to run.
-        suite_file: where it was read, for the record.
+        suite_file, command: where it was read and how it was started, for the record.
         output: finished samples are kept in its folder `samples` and taken from there.
     """
     begin = time.perf_counter()
     check_inputs(model, suite)
     loaded = load_model(model, dtype=suite.dtype, device=suite.device, prefix=suite.prefix)
+    training = describe_training(model)
+    limit = length_limit(loaded.model.config) if training is None else training["seq_len"]
     header: dict[str, Any] = {
         "model": describe_model(model, loaded),
+        "training": training,
+        "training_length": limit if suite.training_length is None else suite.training_length,
         "suite_file": suite_file,
+        "command": command,
+        "processes": processes().num_processes,
         "suite": suite.as_dict(),
         "seed": suite.seed,
         **describe_environment(loaded.model.device),
@@ -97,9 +112,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Two parts, because most runs call their last one "final".
     name = "-".join([*Path(options.model).absolute().parts[-2:], Path(options.suite).stem])
     output = Path(options.output or Path("runs/eval") / name)
-    results = evaluate(options.model, suite, options.suite, output)
+    given = sys.argv[1:] if arguments is None else arguments
+    command = shlex.join(["python", "-m", "eval.run", *given])
+    results = evaluate(
+        options.model, suite, suite_file=options.suite, command=command, output=output
+    )
     if processes().is_main_process:
-        print(summary(results, write_report(results, output)))
+        print(summary([Run("this model", results)], write_report(results, output)))
     return 0 if all(check["passed"] for check in results["checks"]) else 1
 
 

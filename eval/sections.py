@@ -12,17 +12,27 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
+from eval.blocks import Results
 from eval.documents import read_documents, sha256
+from eval.efficiency import run_efficiency
 from eval.generate import generate_samples
 from eval.harness import run_lm_eval
+from eval.lengths import run_length
 from eval.model import LoadedModel, require_eos
 from eval.ngram import SEPARATOR, ByteNgram, bits_per_byte, read_seen_tokens
-from eval.options import GenerateOptions, LmEvalOptions, NgramOptions, PerplexityOptions
+from eval.options import (
+    EfficiencyOptions,
+    GenerateOptions,
+    LengthOptions,
+    LmEvalOptions,
+    NgramOptions,
+    PerplexityOptions,
+)
 from eval.perplexity import file_perplexity
 from eval.published import check_published, find_published
-from eval.report import Results
 from eval.ruler.options import RulerOptions
 from eval.ruler.runner import check_ruler, run_ruler
+from eval.samples import SampleStore
 from eval.suite import Suite
 from eval.tasks.zero_shot import check_tasks
 
@@ -66,6 +76,17 @@ def check_ngram(options: NgramOptions, suite: Suite, tokenizer: PreTrainedTokeni
     read_seen_tokens(options.seen_tokens)
 
 
+def check_length(options: LengthOptions, suite: Suite, tokenizer: PreTrainedTokenizerFast) -> None:
+    for file in options.files:
+        read_documents(file)
+
+
+def check_efficiency(
+    options: EfficiencyOptions, suite: Suite, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Any model with a cache can be measured."""
+
+
 def check_zero_shot(
     options: LmEvalOptions, suite: Suite, tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -83,7 +104,9 @@ def check_generate(
 def run_perplexity(loaded: LoadedModel, options: PerplexityOptions, job: Job) -> dict[str, Any]:
     how = {name: getattr(options, name) for name in ("window", "stateful", "batch_size")}
     files = [
-        file_perplexity(loaded, file, read_documents(file, options.max_bytes), **how)
+        file_perplexity(
+            loaded, file, read_documents(file, options.max_bytes), samples=job.samples, **how
+        )
         for file in options.files
     ]
     return {**how, "max_bytes": options.max_bytes, "files": files}
@@ -124,6 +147,24 @@ def run_ngram(loaded: LoadedModel, options: NgramOptions, job: Job) -> dict[str,
     }
 
 
+def run_length_section(loaded: LoadedModel, options: LengthOptions, job: Job) -> dict[str, Any]:
+    settings = {
+        **asdict(options),
+        "files": [sha256(file) for file in options.files],
+        "max_seconds": None,  # changes what is possible, and no value
+    }
+    store = SampleStore(
+        job.samples, model=loaded.identity, section="length", task="perplexity", settings=settings
+    )
+    return run_length(loaded, options, store)
+
+
+def run_efficiency_section(
+    loaded: LoadedModel, options: EfficiencyOptions, job: Job
+) -> dict[str, Any]:
+    return run_efficiency(loaded, options, job.suite.seed)
+
+
 def run_zero_shot(loaded: LoadedModel, options: LmEvalOptions, job: Job) -> dict[str, Any]:
     if options.published is None:
         name = job.results["header"]["model"]["name"]
@@ -154,7 +195,9 @@ def run_ruler_section(loaded: LoadedModel, options: RulerOptions, job: Job) -> d
 SECTIONS = {
     "perplexity": Section(check_perplexity, run_perplexity),
     "ngram": Section(check_ngram, run_ngram),
+    "length": Section(check_length, run_length_section),
     "lm_eval": Section(check_zero_shot, run_zero_shot),
     "ruler": Section(check_ruler_section, run_ruler_section),
+    "efficiency": Section(check_efficiency, run_efficiency_section),
     "generate": Section(check_generate, run_generate),
 }

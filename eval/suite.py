@@ -16,7 +16,15 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from eval.options import GenerateOptions, LmEvalOptions, NgramOptions, PerplexityOptions
+from eval.options import (
+    EfficiencyOptions,
+    GenerateOptions,
+    LengthOptions,
+    LmEvalOptions,
+    NgramOptions,
+    PerplexityOptions,
+    require_positive,
+)
 from eval.ruler.options import RulerOptions
 
 
@@ -32,7 +40,10 @@ class Suite:
             its first token is predicted too: "auto" is bos, or eos where there is none. With
             "none" the first token is not scored.
         seed: of every sampled generation.
-        perplexity, ngram, lm_eval, ruler, generate: the evaluations, each optional.
+        training_length: tokens of a row in training, for marks in plots; None takes it from the
+            config.yaml of the run that the model is part of, else the limit in the model's config.
+        perplexity, ngram, length, lm_eval, ruler, efficiency, generate: the evaluations, each
+            optional.
     """
 
     variables: dict[str, str] = field(default_factory=dict)
@@ -40,16 +51,21 @@ class Suite:
     device: str = "auto"
     prefix: Literal["auto", "bos", "eos", "none"] = "auto"
     seed: int = 0
+    training_length: int | None = None
     perplexity: PerplexityOptions | None = None
     ngram: NgramOptions | None = None
+    length: LengthOptions | None = None
     lm_eval: LmEvalOptions | None = None
     ruler: RulerOptions | None = None
+    efficiency: EfficiencyOptions | None = None
     generate: GenerateOptions | None = None
 
     def __post_init__(self) -> None:
         if self.ngram is not None and self.perplexity is None:
             raise ValueError("section ngram needs section perplexity, whose files it scores")
+        require_positive("suite", training_length=self.training_length)
         names = [item.name for item in fields(self) if item.default is None]
+        names.remove("training_length")
         if all(getattr(self, name) is None for name in names):
             raise ValueError(
                 f"the suite evaluates nothing, expected at least one of the sections {names}"

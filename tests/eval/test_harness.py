@@ -9,8 +9,8 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 
-from eval.harness import UNLIMITED, CausalLM, length_limit, run_lm_eval
-from eval.model import LoadedModel, load_model
+from eval.harness import UNLIMITED, CausalLM, run_lm_eval
+from eval.model import LoadedModel, length_limit, load_model
 from eval.options import LmEvalOptions
 from eval.published import AVERAGES
 from eval.tasks.zero_shot import ZERO_SHOT_TASKS, build_tasks

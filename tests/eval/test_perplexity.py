@@ -11,9 +11,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import ssm_hf
 from eval.documents import Document
-from eval.harness import RecurrentLM
+from eval.harness import CausalLM
 from eval.model import LoadedModel, describe_model, load_model
-from eval.perplexity import file_perplexity, position_curve, score_tokens
+from eval.perplexity import (
+    TokenScores,
+    add_curves,
+    file_perplexity,
+    position_sums,
+    score_tokens,
+)
 
 # fp32 sums over the state in another order (chunks, padding): 1e-6 relative of losses near 10.
 ATOL = 5e-5
@@ -88,7 +94,7 @@ def test_windows_forget_what_lies_before_them(loaded: LoadedModel) -> None:
 
 @pytest.mark.parametrize("window", [7, 20, 128])
 def test_windows_equal_the_harness_rolling_perplexity(loaded: LoadedModel, window: int) -> None:
-    adapter = RecurrentLM(loaded, batch_size=2, window=window)
+    adapter = CausalLM(loaded, batch_size=2, window=window)
     requests = [
         Instance("loglikelihood_rolling", doc={}, arguments=(text,), idx=i)
         for i, text in enumerate(TEXTS)
@@ -130,15 +136,37 @@ def test_without_prefix_the_first_token_is_not_scored(model_dir: Path) -> None:
     np.testing.assert_allclose(scores[2].nats, _direct(bare, sequences[2]), atol=ATOL, rtol=0)
 
 
-def test_position_curve_groups_by_powers_of_two() -> None:
+def test_losses_are_summed_over_ranges_that_double() -> None:
     position = np.array([0, 0, 1, 2, 3, 8, 15])
-    nats = np.array([1.0, 3, 5, 7, 9, 2, 4])
-    assert position_curve(position, nats) == [
-        {"start": 0, "end": 1, "tokens": 2, "nats": 2.0},
-        {"start": 1, "end": 2, "tokens": 1, "nats": 5.0},
-        {"start": 2, "end": 4, "tokens": 2, "nats": 8.0},
-        {"start": 8, "end": 16, "tokens": 2, "nats": 3.0},
+    nats = np.array([1.0, 3, 5, 7, 9, 2, 4], np.float32)
+    curve = position_sums(TokenScores(nats, position))
+    assert curve == [
+        {"start": 0, "end": 1, "tokens": 2, "total": 4.0},
+        {"start": 1, "end": 2, "tokens": 1, "total": 5.0},
+        {"start": 2, "end": 4, "tokens": 2, "total": 16.0},
+        {"start": 8, "end": 16, "tokens": 2, "total": 6.0},
     ]
+    more = [{"start": 1, "end": 2, "tokens": 3, "total": 1.0}]
+    assert add_curves([curve[:2], more]) == [
+        {"start": 0, "end": 1, "tokens": 2, "total": 4.0},
+        {"start": 1, "end": 2, "tokens": 4, "total": 6.0},
+    ]
+
+
+def test_finished_documents_are_not_scored_again(
+    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.txt"
+    path.write_text("unused here")
+    documents = [Document(str(i), text) for i, text in enumerate(TEXTS)]
+    how = {"window": 16, "stateful": True, "batch_size": 2}
+    plain = file_perplexity(loaded, str(path), documents, **how)
+    first = file_perplexity(loaded, str(path), documents, samples=tmp_path, **how)
+    assert first == plain
+    monkeypatch.setattr(loaded.model, "forward", None)  # cannot be called
+    assert file_perplexity(loaded, str(path), documents, samples=tmp_path, **how) == plain
+    with pytest.raises(TypeError):
+        file_perplexity(loaded, str(path), documents[1:], samples=tmp_path, **how)
 
 
 def test_losses_that_are_not_finite_are_refused(model_dir: Path) -> None:
@@ -160,5 +188,7 @@ def test_missing_prefix_token_is_named(
     with pytest.raises(ValueError, match="has no eos token to put before a document"):
         load_model(str(tmp_path), dtype="auto", device="cpu", prefix="auto")
     bare = load_model(str(tmp_path), dtype="auto", device="cpu", prefix="none")
-    with pytest.raises(ValueError, match="lm_eval needs a tokenizer with a bos or an eos token"):
-        RecurrentLM(bare, batch_size=1)
+    with pytest.raises(
+        ValueError, match="section lm_eval needs a tokenizer with an end-of-text token"
+    ):
+        CausalLM(bare, batch_size=1)

@@ -13,7 +13,8 @@ from eval.model import load_model
 from eval.run import main, parse_overrides
 
 DEMO = Path(__file__).parents[2] / "configs" / "eval" / "demo.yaml"
-FILES = {"results.json", "report.md", "bits_per_byte.png", "loss_by_position.png"}
+FILES = {"results.json", "report.md", "report.html"}
+PLOTS = {"bits_per_byte.svg", "loss_by_position.svg"}
 
 
 def _demo(model: Path, run: Path, output: Path, *overrides: str) -> int:
@@ -28,7 +29,8 @@ def test_demo_suite_reports_model_and_baselines(
     output = tmp_path / "report"
     # An untrained model loses against any n-gram, and the suite asks for better.
     assert _demo(model_dir, run_dir, output) == 1
-    assert {path.name for path in output.iterdir()} == FILES
+    assert {path.name for path in output.iterdir()} == {*FILES, "plots", "samples"}
+    assert {path.name for path in (output / "plots").iterdir()} == PLOTS
     results = json.loads((output / "results.json").read_text())
     (score,) = results["perplexity"]["files"]
     (baseline,) = results["ngram"]["files"]
@@ -53,13 +55,16 @@ def test_demo_suite_reports_model_and_baselines(
     assert f"{score['bits_per_byte']:.4f}" in shown
     assert "byte n-gram, order 2" in shown
     assert "byte n-gram, order 5" in shown
-    assert "Sample for the prompt 'def '" in shown
+    assert "  | def " in shown
     assert "FAILED" in shown
     for name in FILES:
         assert str(output / name) in shown
     text = (output / "report.md").read_text()
-    for expected in ("Witten-Bell", "SHA-256", model["weights"], "![Bits per byte]", "FAILED"):
+    page = (output / "report.html").read_text()
+    for expected in ("Witten-Bell", "SHA-256", model["weights"], "FAILED", "loss_by_position"):
         assert expected in text
+    for expected in ("Witten-Bell", "SHA-256", model["weights"], "FAILED", "<svg role="):
+        assert expected in page
 
 
 def test_report_is_the_same_from_the_json(model_dir: Path, run_dir: Path, tmp_path: Path) -> None:
@@ -69,32 +74,66 @@ def test_report_is_the_same_from_the_json(model_dir: Path, run_dir: Path, tmp_pa
     copy.mkdir()
     shutil.copy(output / "results.json", copy)
     report.main([str(copy / "results.json")])
-    for name in FILES:
+    for name in (*FILES, *(f"plots/{name}" for name in PLOTS)):
         assert (copy / name).read_bytes() == (output / name).read_bytes(), name
 
 
-def test_all_sections_run_together(model_dir: Path, run_dir: Path, tmp_path: Path) -> None:
+def test_all_sections_run_together_and_stand_side_by_side(
+    model_dir: Path, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     row = {"goal": "boil | water", "sol1": "heat it", "sol2": "cool it", "label": 0}
     (run_dir / "piqa.jsonl").write_text(json.dumps(row) + "\n")
     suite = tmp_path / "all.yaml"
     suite.write_text(
         f"""
+training_length: 64
 perplexity: {{files: [{run_dir}/heldout.jsonl], window: 32, stateful: false}}
+length: {{files: [{run_dir}/heldout.jsonl], windows: [16, 32, 512], last: 8, places: 2, block: 64,
+  bucket: 16, chunk: 16}}
 lm_eval: {{tasks: {{piqa: {run_dir}/piqa.jsonl}}}}
+efficiency: {{lengths: [8, 32], batch_sizes: [1, 2], new_tokens: 2, warmup: 1, repeats: 2}}
 generate: {{prompts: ["x"], max_new_tokens: 4, do_sample: false}}
 """
     )
-    output = tmp_path / "report"
-    assert main(["--model", str(model_dir), "--suite", str(suite), "--output", str(output)]) == 0
-    results = json.loads((output / "results.json").read_text())
-    assert {"perplexity", "lm_eval", "generate"} < set(results)
+    copy = tmp_path / "other" / "final"
+    shutil.copytree(model_dir, copy)
+    outputs = []
+    for i, model in enumerate((model_dir, copy)):
+        outputs.append(tmp_path / f"report{i}")
+        arguments = ["--model", str(model), "--suite", str(suite), "--output", str(outputs[-1])]
+        assert main(arguments) == 0
+    results = json.loads((outputs[0] / "results.json").read_text())
+    assert {"perplexity", "length", "lm_eval", "efficiency", "generate"} < set(results)
     assert "ngram" not in results
+    assert results["header"]["training_length"] == 64
+    assert results["header"]["command"].startswith("python -m eval.run --model")
     assert results["lm_eval"]["tasks"]["piqa"]["n"] == 1
     assert results["lm_eval"]["averages"] == {}
-    text = (output / "report.md").read_text()
-    assert "| piqa | acc |" in text
-    assert "state reset" in text
-    assert "unlimited" in text
+    assert results["lm_eval"]["published"] is None
+    windows = results["length"]["a"]
+    assert [w["n"] for w in windows] == [6, 6, 0]
+    assert windows[2]["reason"] == "no document is that long"
+    text = (outputs[0] / "report.md").read_text()
+    for expected in (
+        "| piqa | acc |",
+        "state is reset every 32",
+        "unlimited",
+        "no document is that",
+    ):
+        assert expected in text
+    capsys.readouterr()
+    both = tmp_path / "both"
+    report.main([str(outputs[0]), str(outputs[1] / "results.json"), "--output", str(both)])
+    shown = capsys.readouterr().out
+    page = (both / "report.html").read_text()
+    for name in ("other", model_dir.parent.name):
+        assert name in shown
+        assert f"<th>{name}</th>" in page
+    assert page.count("<svg role=") == 4
+    assert "src=" not in page
+    with pytest.raises(SystemExit, match="2"):
+        report.main([str(outputs[0]), str(outputs[1])])
+    assert "several runs need --output" in capsys.readouterr().err
 
 
 def test_samples_follow_from_the_seed(model_dir: Path, run_dir: Path, tmp_path: Path) -> None:

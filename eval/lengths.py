@@ -1,0 +1,202 @@
+"""Perplexity against length, by both definitions in use.
+
+A: the last `last` tokens of a window of W tokens, ppl = exp(mean). The windows of all W end at the
+   same places of a document, so the same tokens are scored with more or less context before them.
+B: one long block of a document, the mean loss of each range of `bucket` positions.
+
+The state is carried from one forward pass to the next, so memory grows only as the model's own
+cache does. A length that the model cannot do in the memory or the time there is becomes a null with
+its reason.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from eval.documents import read_documents, sha256
+from eval.limits import Clock, NotPossible, arguments, attempt, check_positions
+from eval.model import LoadedModel
+from eval.options import LengthOptions
+from eval.parallel import finish, processes
+from eval.samples import SampleStore
+
+
+@torch.no_grad()
+def tail_nats(
+    model: PreTrainedModel, ids: Sequence[int], last: int, chunk: int, clock: Clock
+) -> np.ndarray:
+    """Return -log p of the last tokens of a sequence, each given all before it.
+
+    Args:
+        model: causal language model in eval mode.
+        ids: n tokens; the first is not scored.
+        last: how many, at most n - 1.
+        chunk: tokens per forward pass.
+        clock: asked after each.
+
+    Returns:
+        (last,) float32.
+    """
+    inputs = torch.tensor([ids[:-1]], dtype=torch.long, device=model.device)
+    targets = torch.tensor(ids[1:], dtype=torch.long, device=model.device)
+    n = inputs.shape[1]
+    first = n - last  # the first input whose prediction counts
+    # Passes that score nothing need no logits, which are most of the memory of a long pass.
+    few = {"logits_to_keep": 1} if "logits_to_keep" in arguments(model) else {}
+    carried: dict[str, Any] = {"use_cache": True}
+    nats = []
+    cuts = sorted({*range(0, first, chunk), *range(first, n, chunk), n})
+    for start, end in pairwise(cuts):
+        scored = start >= first
+        output = model(input_ids=inputs[:, start:end], **carried, **({} if scored else few))
+        if end < n and output.past_key_values is None:
+            raise NotPossible("the model returns no cache to go on from")
+        carried["past_key_values"] = output.past_key_values
+        if scored:
+            logits = output.logits[0].float()
+            nats.append(F.cross_entropy(logits, targets[start:end], reduction="none").cpu())
+        clock.check()
+    return torch.cat(nats).numpy()
+
+
+def window_ends(tokens: int, longest: int, places: int) -> list[int]:
+    """Return where windows end: `places` ends, evenly from `longest` to the end of the document."""
+    if places == 1 or tokens == longest:
+        return [tokens]
+    step = (tokens - longest) / (places - 1)
+    return sorted({round(longest + i * step) for i in range(places)})
+
+
+class _Documents:
+    """The tokens of all documents, and what is to be scored in them."""
+
+    def __init__(self, loaded: LoadedModel, options: LengthOptions) -> None:
+        self.names: list[str] = []
+        self.ids: list[list[int]] = []
+        for file in options.files:
+            for document in read_documents(file):
+                self.names.append(f"{file}: {document.name}")
+                # The prefix stands at the start of a document and not of a window.
+                self.ids.append(loaded.encode(document.text)[len(loaded.prefix) :])
+
+    def ends(self, i: int, options: LengthOptions) -> list[int]:
+        """Return where the windows of document i end; of those that fit, all W share them."""
+        fitting = [window for window in options.windows if window <= len(self.ids[i])]
+        return window_ends(len(self.ids[i]), max(fitting), options.places) if fitting else []
+
+
+def run_length(loaded: LoadedModel, options: LengthOptions, store: SampleStore) -> dict[str, Any]:
+    """Score windows and blocks.
+
+    Args:
+        loaded: the model; its prefix token begins every window and block.
+        options: see `LengthOptions`.
+        store: of finished windows and blocks.
+
+    Returns:
+        JSON values: `a` with one {"window", "perplexity", "nats", "stderr", "n", "reason"} per W,
+        `b` with one {"start", "end", ...} per range; "perplexity" and "nats" are null, and "reason"
+        says why, where the model or the documents could not do it. The standard error is that of
+        the mean over windows, or over documents.
+    """
+    documents = _Documents(loaded, options)
+    prefix = list(loaded.prefix)
+    tasks: dict[str, tuple[list[int], int]] = {}
+    for window in sorted(options.windows):
+        for i, ids in enumerate(documents.ids):
+            for end in documents.ends(i, options):
+                if window <= len(ids):
+                    part = prefix + ids[end - window + len(prefix) : end]
+                    tasks[f"a-{window}-{i}-{end}"] = (part, options.last)
+    for i, ids in enumerate(documents.ids):
+        if options.block and len(ids) >= options.block:
+            block = prefix + ids[: options.block]
+            tasks[f"b-{options.block}-{i}"] = (block, len(block) - 1)
+    failed: dict[str, tuple[int, str]] = {}
+
+    def work(todo: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+        bar = tqdm(todo, desc="length", unit="window", disable=not processes().is_main_process)
+        for id in bar:
+            kind, size = id.split("-")[:2]
+            ids, last = tasks[id]
+            try:
+                if kind in failed and int(size) >= failed[kind][0]:
+                    raise NotPossible(failed[kind][1])
+                check_positions(loaded.model, len(ids))
+                clock = Clock(options.max_seconds)
+                nats = attempt(lambda: tail_nats(loaded.model, ids, last, options.chunk, clock))  # noqa: B023
+            except NotPossible as reason:
+                failed.setdefault(kind, (int(size), f"{reason} at {int(size):,} tokens"))
+                yield id, {"failed": failed[kind][1]}
+                continue
+            if not np.isfinite(nats).all():
+                raise ValueError(f"length: the losses of {id} are not finite")
+            means = _bucket_means(nats, options.bucket) if kind == "b" else [float(nats.mean())]
+            yield id, {"nats": means}
+
+    samples = dict(zip(tasks, finish(store, list(tasks), work), strict=True))
+    return {
+        "last": options.last,
+        "places": options.places,
+        "block": options.block,
+        "bucket": options.bucket,
+        "chunk": options.chunk,
+        "documents": [
+            {"name": name, "tokens": len(ids)}
+            for name, ids in zip(documents.names, documents.ids, strict=True)
+        ],
+        "files": [{"file": file, "sha256": sha256(file)} for file in options.files],
+        "a": [_window_point(samples, window) for window in sorted(options.windows)],
+        "b": _block_points(samples, options) if options.block else [],
+    }
+
+
+def _bucket_means(nats: np.ndarray, bucket: int) -> list[float]:
+    """Average over whole ranges; a rest that is shorter is left out."""
+    whole = len(nats) // bucket * bucket
+    return nats[:whole].astype(np.float64).reshape(-1, bucket).mean(1).tolist()
+
+
+def _point(values: Sequence[float], reason: str) -> dict[str, Any]:
+    if not values:
+        return {"perplexity": None, "nats": None, "stderr": None, "n": 0, "reason": reason}
+    mean = float(np.mean(values))
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return {
+        "perplexity": math.exp(mean) if mean < 700 else None,
+        "nats": mean,
+        "stderr": spread / math.sqrt(len(values)),
+        "n": len(values),
+        "reason": "beyond the range of numbers" if mean >= 700 else None,
+    }
+
+
+def _window_point(samples: dict[str, dict[str, Any]], window: int) -> dict[str, Any]:
+    mine = [s for id, s in samples.items() if id.startswith(f"a-{window}-")]
+    reasons = [s["failed"] for s in mine if "failed" in s]
+    # A mean over those windows alone that a model happened to finish would not be of the same text.
+    values = [] if reasons else [s["nats"][0] for s in mine]
+    reason = reasons[0] if reasons else "no document is that long"
+    return {"window": window, **_point(values, reason)}
+
+
+def _block_points(
+    samples: dict[str, dict[str, Any]], options: LengthOptions
+) -> list[dict[str, Any]]:
+    mine = [s for id, s in samples.items() if id.startswith(f"b-{options.block}-")]
+    reasons = [s["failed"] for s in mine if "failed" in s]
+    if reasons or not mine:
+        reason = reasons[0] if reasons else "no document is that long"
+        return [{"start": 0, "end": options.block, **_point([], reason)}]
+    points = []
+    for i in range(len(mine[0]["nats"])):
+        at = {"start": i * options.bucket, "end": (i + 1) * options.bucket}
+        points.append({**at, **_point([s["nats"][i] for s in mine], "")})
+    return points
