@@ -10,13 +10,14 @@ _LOWEST = tl.constexpr(-3.0e38)
 @triton.jit
 def cross_entropy_kernel(
     logits_ptr, targets_ptr, losses_ptr, stride, vocabulary, ignore_index,
-    GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    GRADIENT: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Loss of one token a program; its logits become their gradient.
 
     Rows are `stride` apart and at least as wide as the vocabulary. What lies behind it is read and
     written too, without effect: a vocabulary that is no multiple of 16 would be read element by
-    element.
+    element. The second pass finds a row in the L2 cache if the programs that run at a time are few:
+    large ones.
     """
     token = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + token * stride
@@ -29,21 +30,26 @@ def cross_entropy_kernel(
             for start in range(0, vocabulary, BLOCK):
                 tl.store(row_ptr + start + column, zero, mask=start + column < stride)
     else:
-        highest = _LOWEST
-        total = 0.0
-        for start in range(0, vocabulary, BLOCK):
+        # Every lane has a maximum and a sum of its own, so that the loop waits for no other one.
+        high = tl.full((BLOCK,), _LOWEST, tl.float32)
+        sums = tl.zeros((BLOCK,), tl.float32)
+        for start in tl.range(0, vocabulary, BLOCK, num_stages=STAGES):
             at = start + column
             logits = tl.load(row_ptr + at, mask=at < stride, other=0.0).to(tl.float32)
             logits = tl.where(at < vocabulary, logits, -float("inf"))
-            new = tl.maximum(highest, tl.max(logits, axis=0))
-            total = total * tl.exp(highest - new) + tl.sum(tl.exp(logits - new), axis=0)
-            highest = new
+            # The old sum's factor and the new term: one of the two is 1, the other one `small`.
+            above = logits - high
+            small = tl.exp(-tl.abs(above))
+            sums = tl.where(above > 0, sums * small + 1.0, sums + small)
+            high = tl.maximum(high, logits)
+        highest = tl.max(high, axis=0)
+        total = tl.sum(sums * tl.exp(high - highest), axis=0)
         normaliser = highest + tl.log(total)
         there = (target >= 0) & (target < vocabulary)
         logit = tl.load(row_ptr + target, mask=there, other=float("nan")).to(tl.float32)
         tl.store(losses_ptr + token, normaliser - logit)
         if GRADIENT:
-            for start in range(0, vocabulary, BLOCK):
+            for start in tl.range(0, vocabulary, BLOCK, num_stages=STAGES):
                 at = start + column
                 logits = tl.load(row_ptr + at, mask=at < stride, other=0.0).to(tl.float32)
                 logits = tl.where(at < vocabulary, logits, -float("inf"))

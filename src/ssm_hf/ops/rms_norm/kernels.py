@@ -139,51 +139,69 @@ def rms_norm_fwd_kernel(
 
 @triton.jit
 def _load_bwd(
-    dy_ptr, h_ptr, gate_ptr, weight_ptr, dy_at, h_at, gate_at, first, columns, inside, size, scale,
+    dy_ptr, h_ptr, gate_ptr, dy_at, h_at, gate_at, columns, inside, GATED: tl.constexpr,
+):  # fmt: skip
+    """dy, x (the stream) and z as they are stored."""
+    dy = tl.load(dy_ptr + dy_at + columns, mask=inside, other=0.0)
+    x = tl.load(h_ptr + h_at + columns, mask=inside, other=0.0)
+    z = 0.0
+    if GATED:
+        z = tl.load(gate_ptr + gate_at + columns, mask=inside, other=0.0)
+    return dy, x, z
+
+
+@triton.jit
+def _form_bwd(
+    dy, x, z, weight_ptr, first, columns, size, scale,
     GATE_FIRST: tl.constexpr, GATE_LAST: tl.constexpr,
 ):  # fmt: skip
-    """x (the stream), its norm n, g = dL/dn, dy times what the weight is multiplied by, z, silu."""
-    dy = tl.load(dy_ptr + dy_at + columns, mask=inside, other=0.0).to(tl.float32)
-    x = tl.load(h_ptr + h_at + columns, mask=inside, other=0.0).to(tl.float32)
+    """In fp32: the norm n, dy times what the weight is multiplied by, weight, silu, its slope."""
     weight = tl.load(weight_ptr + first + columns, mask=columns < size, other=0.0).to(tl.float32)
-    z = 0.0
-    sigmoid = 0.0
-    h = x
-    dn = dy
+    n = x.to(tl.float32) * scale
+    dn = dy.to(tl.float32)
+    silu = 1.0
+    slope = 0.0
     if GATE_FIRST or GATE_LAST:
-        z = tl.load(gate_ptr + gate_at + columns, mask=inside, other=0.0).to(tl.float32)
+        z = z.to(tl.float32)
         sigmoid = _sigmoid(z)
+        silu = z * sigmoid
+        slope = sigmoid * (1.0 + z * (1.0 - sigmoid))
         if GATE_FIRST:
-            h = x * (z * sigmoid)
+            n *= silu
         else:
-            dn = dy * (z * sigmoid)
-    return x, h * scale, dn * weight, dn, dy, weight, z, sigmoid
+            dn *= silu
+    return n, dn, weight, silu, slope
 
 
 @triton.jit
 def _store_bwd(
-    x, n, g, dy, weight, z, sigmoid, along, scale,
+    dy, x, z, along, scale, weight_ptr, first, size,
     dtotal_ptr, dx_ptr, dresidual_ptr, dgate_ptr, y_ptr, dtotal_at, dx_at, dgate_at, columns,
     inside, HAS_DTOTAL: tl.constexpr, TWO_GRADS: tl.constexpr,
     GATE_FIRST: tl.constexpr, GATE_LAST: tl.constexpr,
 ):  # fmt: skip
-    dh = scale * (g - n * along)
+    """Write what belongs to a tile; return the rows' shares of the weight's gradient."""
+    n, dn, weight, silu, slope = _form_bwd(
+        dy, x, z, weight_ptr, first, columns, size, scale, GATE_FIRST, GATE_LAST
+    )
+    dh = scale * (dn * weight - n * along)
     if HAS_DTOTAL:
         dh += tl.load(dtotal_ptr + dtotal_at + columns, mask=inside, other=0.0).to(tl.float32)
     if y_ptr is not None:
         y = n * weight
         if GATE_LAST:
-            y *= z * sigmoid
+            y *= silu
         tl.store(y_ptr + dx_at + columns, y, mask=inside)
-    dsilu = sigmoid * (1.0 + z * (1.0 - sigmoid))
     if GATE_FIRST:
-        tl.store(dgate_ptr + dgate_at + columns, dh * x * dsilu, mask=inside)
-        dh *= z * sigmoid
+        tl.store(dgate_ptr + dgate_at + columns, dh * x.to(tl.float32) * slope, mask=inside)
+        dh *= silu
     if GATE_LAST:
-        tl.store(dgate_ptr + dgate_at + columns, dy * weight * n * dsilu, mask=inside)
+        dgate = dy.to(tl.float32) * weight * n * slope
+        tl.store(dgate_ptr + dgate_at + columns, dgate, mask=inside)
     tl.store(dx_ptr + dx_at + columns, dh, mask=inside)
     if TWO_GRADS:
         tl.store(dresidual_ptr + dx_at + columns, dh, mask=inside)
+    return dn * n
 
 
 @triton.jit
@@ -215,9 +233,11 @@ def rms_norm_bwd_kernel(
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
     WHOLE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """Every num_programs(0)-th tile of one group a program.
+    """Every num_programs(0)-th tile of one group a program; STAGES tiles are under way at a time.
 
     `h` is x, or what forward made of x + residual. Outputs are contiguous, but for dgate; with
     `y_ptr` the output of forward is formed again. `dweight` (programs, D) is to be summed.
@@ -226,8 +246,11 @@ def rms_norm_bwd_kernel(
     first = group * size
     columns = tl.arange(0, BLOCK)[None, :]
     partial_ptr = dweight_ptr + program.to(tl.int64) * (tl.num_programs(1) * size) + first
-    sums = tl.zeros((ROWS, BLOCK), tl.float32)
-    for tile in range(program, tl.cdiv(rows, ROWS), tl.num_programs(0)):
+    GATED: tl.constexpr = GATE_FIRST or GATE_LAST
+    sums = ()
+    for _i in tl.static_range(PARTS):
+        sums = sums + (tl.zeros((ROWS, BLOCK), tl.float32),)
+    for tile in tl.range(program, tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         dy_at = row * (stride_dy * UNIT) + first
         dtotal_at = row * (stride_dtotal * UNIT) + first
@@ -236,40 +259,58 @@ def rms_norm_bwd_kernel(
         dx_at = row * (stride_dx * UNIT) + first
         dgate_at = row * (stride_dgate * UNIT) + first
         scale = tl.load(scale_ptr + row * tl.num_programs(1) + group, mask=row < rows, other=0.0)
+        products = tl.zeros((ROWS, BLOCK), tl.float32)
         if WHOLE:
-            inside = (row < rows) & (columns < size)
-            x, n, g, dn, dy, weight, z, sigmoid = _load_bwd(
-                dy_ptr, h_ptr, gate_ptr, weight_ptr, dy_at, h_at, gate_at, first, columns, inside,
-                size, scale, GATE_FIRST, GATE_LAST,
-            )  # fmt: skip
-            along = tl.sum(g * n, axis=1, keep_dims=True) / size
-            _store_bwd(
-                x, n, g, dy, weight, z, sigmoid, along, scale,
-                dtotal_ptr, dx_ptr, dresidual_ptr, dgate_ptr, y_ptr, dtotal_at, dx_at, dgate_at,
-                columns, inside, HAS_DTOTAL, TWO_GRADS, GATE_FIRST, GATE_LAST,
-            )  # fmt: skip
-            if WEIGHT_GRAD:
-                sums += dn * n
+            dys = ()
+            xs = ()
+            zs = ()
+            for i in tl.static_range(PARTS):
+                at = i * BLOCK + columns
+                inside = (row < rows) & (at < size)
+                dy, x, z = _load_bwd(
+                    dy_ptr, h_ptr, gate_ptr, dy_at, h_at, gate_at, at, inside, GATED
+                )
+                dys = dys + (dy,)
+                xs = xs + (x,)
+                zs = zs + (z,)
+            for i in tl.static_range(PARTS):
+                n, dn, weight, _silu, _slope = _form_bwd(
+                    dys[i], xs[i], zs[i], weight_ptr, first, i * BLOCK + columns, size, scale,
+                    GATE_FIRST, GATE_LAST,
+                )  # fmt: skip
+                products += dn * weight * n
+            along = tl.sum(products, axis=1, keep_dims=True) / size
+            new = ()
+            for i in tl.static_range(PARTS):
+                at = i * BLOCK + columns
+                inside = (row < rows) & (at < size)
+                dweight = _store_bwd(
+                    dys[i], xs[i], zs[i], along, scale, weight_ptr, first, size,
+                    dtotal_ptr, dx_ptr, dresidual_ptr, dgate_ptr, y_ptr, dtotal_at, dx_at, dgate_at,
+                    at, inside, HAS_DTOTAL, TWO_GRADS, GATE_FIRST, GATE_LAST,
+                )  # fmt: skip
+                new = new + (sums[i] + dweight,)
+            sums = new
         else:
-            products = tl.zeros((ROWS, BLOCK), tl.float32)
             for start in range(0, size, BLOCK):
                 at = start + columns
                 inside = (row < rows) & (at < size)
-                x, n, g, dn, dy, weight, z, sigmoid = _load_bwd(
-                    dy_ptr, h_ptr, gate_ptr, weight_ptr, dy_at, h_at, gate_at, first, at, inside,
-                    size, scale, GATE_FIRST, GATE_LAST,
-                )  # fmt: skip
-                products += g * n
+                dy, x, z = _load_bwd(
+                    dy_ptr, h_ptr, gate_ptr, dy_at, h_at, gate_at, at, inside, GATED
+                )
+                n, dn, weight, _silu, _slope = _form_bwd(
+                    dy, x, z, weight_ptr, first, at, size, scale, GATE_FIRST, GATE_LAST
+                )
+                products += dn * weight * n
             along = tl.sum(products, axis=1, keep_dims=True) / size
             for start in range(0, size, BLOCK):
                 at = start + columns
                 inside = (row < rows) & (at < size)
-                x, n, g, dn, dy, weight, z, sigmoid = _load_bwd(
-                    dy_ptr, h_ptr, gate_ptr, weight_ptr, dy_at, h_at, gate_at, first, at, inside,
-                    size, scale, GATE_FIRST, GATE_LAST,
-                )  # fmt: skip
-                _store_bwd(
-                    x, n, g, dy, weight, z, sigmoid, along, scale,
+                dy, x, z = _load_bwd(
+                    dy_ptr, h_ptr, gate_ptr, dy_at, h_at, gate_at, at, inside, GATED
+                )
+                dweight = _store_bwd(
+                    dy, x, z, along, scale, weight_ptr, first, size,
                     dtotal_ptr, dx_ptr, dresidual_ptr, dgate_ptr, y_ptr, dtotal_at, dx_at, dgate_at,
                     at, inside, HAS_DTOTAL, TWO_GRADS, GATE_FIRST, GATE_LAST,
                 )  # fmt: skip
@@ -278,7 +319,23 @@ def rms_norm_bwd_kernel(
                     here = start + tl.arange(0, BLOCK)
                     so_far = tl.where(tile > program, size, 0)
                     old = tl.load(partial_ptr + here, mask=here < so_far, other=0.0)
-                    tl.store(partial_ptr + here, old + tl.sum(dn * n, axis=0), mask=here < size)
+                    tl.store(partial_ptr + here, old + tl.sum(dweight, axis=0), mask=here < size)
     if WEIGHT_GRAD and WHOLE:
-        here = tl.arange(0, BLOCK)
-        tl.store(partial_ptr + here, tl.sum(sums, axis=0), mask=here < size)
+        for i in tl.static_range(PARTS):
+            here = i * BLOCK + tl.arange(0, BLOCK)
+            tl.store(partial_ptr + here, tl.sum(sums[i], axis=0), mask=here < size)
+
+
+@triton.jit
+def sum_rows_kernel(
+    x_ptr, y_ptr, rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(rows, columns) fp32 -> (columns,), in a fixed order."""
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.arange(0, ROWS)[:, None]
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(0, rows, ROWS):
+        at = (start + row).to(tl.int64) * columns + column[None, :]
+        inside = (start + row < rows) & (column < columns)[None, :]
+        total += tl.load(x_ptr + at, mask=inside, other=0.0)
+    tl.store(y_ptr + column, tl.sum(total, axis=0), mask=column < columns)

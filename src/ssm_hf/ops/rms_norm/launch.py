@@ -14,10 +14,18 @@ from ssm_hf.ops.launch import (
     processors,
     tuned,
 )
-from ssm_hf.ops.rms_norm.kernels import rms_norm_bwd_kernel, rms_norm_fwd_kernel
+from ssm_hf.ops.rms_norm.kernels import (
+    rms_norm_bwd_kernel,
+    rms_norm_fwd_kernel,
+    sum_rows_kernel,
+)
 
 # The widest group that is read once; it lies in the registers of one program.
 _WIDEST_BLOCK = 16384
+# Backwards a tile is cut into at most so many parts of at least so many columns, where that leaves
+# no gap: 3 parts of 256 for a width of 768, for which one block would have 1024 columns.
+_MOST_PARTS = 8
+_LEAST_PART = 128
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -32,6 +40,14 @@ def _options(kernel: str, size: int, device: torch.device, **constants: Any) -> 
     options: dict[str, Any] = dict(tuned(kernel, str(block), device))
     rows, whole = max(options.pop("TILE") // block, 1), size <= block
     return {**options, "ROWS": rows if whole else 1, "BLOCK": block, "WHOLE": whole, **constants}
+
+
+def _parts(block: int, size: int) -> tuple[int, int]:
+    """BLOCK and PARTS of a tile `block` columns wide for groups of `size`."""
+    part = size & -size
+    if part >= _LEAST_PART and size // part <= _MOST_PARTS and size <= block:
+        return part, size // part
+    return block, 1
 
 
 @torch.library.custom_op("ssm_hf::rms_norm_fwd", mutates_args=())
@@ -125,9 +141,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x in `dtype`, residual (empty: the same as x's, or none), gate and weight."""
     grads = _empty_grads(dy, h, gate, weight, dtype, residual_dtype, weight_grad)
-    gradients_into(
-        *grads, None, dy, dtotal, h, gate, weight, scale, group_size, norm_before_gate
-    )
+    gradients_into(*grads, None, dy, dtotal, h, gate, weight, scale, group_size, norm_before_gate)
     return grads
 
 
@@ -175,6 +189,7 @@ def gradients_into(
         WEIGHT_GRAD=weight_grad,
         UNIT=unit,
     )
+    options["BLOCK"], options["PARTS"] = _parts(options["BLOCK"], group_size)
     # As many programs as run at once; each adds up its rows' share of dweight.
     programs = max(options.pop("PROGRAMS") * processors(dy.device) // groups, 1)
     programs = min(programs, -(-rows // options["ROWS"]))
@@ -198,7 +213,10 @@ def gradients_into(
             **options,
         )
         if weight_grad:
-            dweight.copy_(partial.sum(dim=0))
+            options = dict(tuned("sum_rows", "default", dy.device))
+            sum_rows_kernel[(-(-partial.shape[1] // options["BLOCK"]),)](
+                partial, dweight, *partial.shape, **options
+            )
 
 
 def _empty_grads(
