@@ -101,24 +101,27 @@ def summary(runs: Sequence[Run], files: Sequence[Path]) -> str:
     return f"=== {title(runs)} ===\n\n{text}\n\nFiles\n{listed}"
 
 
-def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Read results.json files; runs are named by what tells their models' paths apart.
+def read_results(path: Path) -> Results:
+    """Read a results.json, or that of a folder.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: a file that is not one of `eval.run`.
     """
-    results = []
-    for path in paths:
-        path = path / RESULTS_FILE if path.is_dir() else path
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist")
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            data["header"]["model"]["name"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a results.json of eval.run: {error!r}") from error
-        results.append(data)
+    path = path / RESULTS_FILE if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        data["header"]["model"]["name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a results.json of eval.run: {error!r}") from error
+    return data
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """Read results; several runs are named by what tells their models' paths apart."""
+    results = [read_results(path) for path in paths]
     if len(results) == 1:
         return [Run("this model", results[0])]
     names = run_names([data["header"]["model"]["name"] for data in results])
