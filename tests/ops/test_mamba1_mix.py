@@ -11,7 +11,7 @@ from ssm_hf.ops.packing import document_numbers
 from tests.helpers import kernel_device, relative_error
 
 DEVICE = kernel_device()
-BATCH, LENGTH, INNER, STATES, RANK, TAPS, OUT = 2, 11, 32, 8, 5, 4, 24
+BATCH, LENGTH, INNER, STATES, RANK, TAPS, OUT = 2, 7, 16, 4, 5, 4, 24
 
 
 def _leaves(*, out: bool = True, bias: bool = True) -> dict[str, Tensor | None]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ssm_hf.ops.causal_conv1d import launch as conv
 from ssm_hf.ops.launch import KERNEL_DTYPES, check_tensors
+from ssm_hf.ops.product import product_into
 from ssm_hf.ops.selective_scan import launch as scan
 
 # Softplus, and bounds of the step size that bound nothing.
@@ -124,7 +125,7 @@ def _backward(
     if out_weight is not None:
         dy = dy @ out_weight.to(dy.dtype)
     if out_grad:
-        grads[8].copy_(rows.t() @ y.flatten(0, 1))
+        product_into(grads[8], rows.t(), y.flatten(0, 1))
         if out_bias is not None:
             grads[9].copy_(rows.sum(dim=0, dtype=torch.float32))
 
@@ -144,10 +145,10 @@ def _backward(
         _split(dinner_proj, rank), (ddt @ dt_weight.to(ddt.dtype), dB, dC), strict=True
     ):
         part.copy_(grad)
-    ddt_weight.copy_(ddt.flatten(0, 1).t() @ low.flatten(0, 1))
+    product_into(ddt_weight, ddt.flatten(0, 1).t(), low.flatten(0, 1))
     del ddt
     flat = dinner_proj.flatten(0, 1)
-    dx_weight.copy_(flat.t() @ x.flatten(0, 1))
+    product_into(dx_weight, flat.t(), x.flatten(0, 1))
     dx.flatten(0, 1).addmm_(flat, x_weight.to(flat.dtype))
     conv.gradients_into(
         dhidden, dconv_weight, dconv_bias, empty, dx, None, hidden, conv_weight, conv_bias, None,

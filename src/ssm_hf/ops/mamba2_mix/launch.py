@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ssm_hf.ops.causal_conv1d import launch as conv
 from ssm_hf.ops.launch import KERNEL_DTYPES, check_tensors
+from ssm_hf.ops.product import product_into
 from ssm_hf.ops.rms_norm import launch as norm
 from ssm_hf.ops.ssd import launch as scan
 
@@ -174,7 +175,7 @@ def _backward(
         del again
     del dmixed
     if out_grad:
-        dout_weight.copy_(rows.t() @ mixed.flatten(0, 1))
+        product_into(dout_weight, rows.t(), mixed.flatten(0, 1))
         if out_bias is not None:
             dout_bias.copy_(rows.sum(dim=0, dtype=torch.float32))
     del mixed
