@@ -71,22 +71,23 @@ def generate(model: PreTrainedModel, ids: Tensor, new: int, **options: Any) -> T
 def check(name: str) -> None:
     """Raise unless all ways to the next token give the same one in fp32."""
     model = build(name, torch.float32, num_hidden_layers=3, vocab_size=1000)
-    ids = torch.randint(3, 1000, (2, 300), device="cuda")
-    captured = [generate(model, ids, 16) for _ in range(2)][-1]
+    # No length in between is divisible by 16, for which kernels would be compiled again.
+    ids, new = torch.randint(3, 1000, (2, 305), device="cuda"), 12
+    captured = [generate(model, ids, new) for _ in range(2)][-1]
     for way, options in {
         "steps one by one": {"disable_compile": True},
         "whole passes": {"use_cache": False},
         "transformers' loop": THEIR_LOOP,
     }.items():
-        if not torch.equal(captured, generate(model, ids, 16, **options)):
+        if not torch.equal(captured, generate(model, ids, new, **options)):
             raise SystemExit(f"{name}: captured steps and {way} give different tokens")
     print(f"{name.split('-')[0]}: tokens agree", flush=True)
 
 
 def seconds(run: Callable[[], object], repeats: int = 3) -> float:
-    """Median wall time of a call that ends with the GPU idle."""
-    times = []
-    for _ in range(repeats):
+    """Median wall time of a call that ends with the GPU idle; fewer repeats of what takes long."""
+    times: list[float] = []
+    while len(times) < repeats and sum(times) < 1:
         torch.cuda.synchronize()
         start = time.perf_counter()
         run()
@@ -130,7 +131,7 @@ def ours(
     values["second_call_s"] = seconds(lambda: call(4), 1)
     values |= of_calls(call, new)
     values["replay_ms"] = replay_ms(model)
-    if state is None:
+    if state is None and (values["ms_per_token"] or 0) * new < 1e3:
         call(4, **SAMPLED)
         call(4, **SAMPLED)
         many = 1e3 * seconds(lambda: call(new, **SAMPLED), 1)
@@ -190,6 +191,7 @@ def main() -> None:
     parser.add_argument("--batches", default="1,64")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--new", type=int, default=250)
+    parser.add_argument("--no-check", action="store_true", help="do not compare tokens first")
     parser.add_argument("--peers", action="store_true", help="time mamba_ssm instead")
     parser.add_argument("--output", default=str(RESULTS / "generation.jsonl"))
     args = parser.parse_args()
@@ -202,7 +204,8 @@ def main() -> None:
                 time_peer(args, name, batch)
         return
     for family in sorted({n.split("-")[0] for n in names}, reverse=True):
-        check(f"{family}-130m")
+        if not args.no_check:
+            check(f"{family}-130m")
     for name in names:
         model = build(name)
         if "130m" in name:
