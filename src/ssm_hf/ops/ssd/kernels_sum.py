@@ -53,7 +53,8 @@ def ssd_sum_kernel(
             chunk = (start + c).to(tl.int64)
             at = chunk * heads + head
             dA += tl.load(sums_ptr + at, mask=chunk < chunks, other=0.0)
-            at_bias = at + chunks.to(tl.int64) * heads
+            # `chunk` is a tensor; `chunks` is a plain number where it is 1.
+            at_bias = (chunk + chunks) * heads + head
             dbias += tl.load(sums_ptr + at_bias, mask=chunk < chunks, other=0.0)
             if dD_ptr is not None:
                 inside = (chunk < chunks)[:, None] & (last < LAST)[None, :]
