@@ -5,6 +5,10 @@ time. Step sizes are formed once per token and channel; decays and inputs of a t
 (BLOCK_T, BLOCK_E, BLOCK_N) tensors whose time axis lies inside a thread, so that `_row` and
 `_with_row`, which address one token of a tile, are a choice of registers and cost nothing.
 
+Tiles are loaded STAGES - 1 tiles ahead through shared memory. Loads into registers would not do:
+a warp has six scoreboards for all that it waits for, and an exponential that shares one with a load
+from memory waits for that load.
+
 A row may be cut into segments that run side by side: `selective_scan_carry_kernel` then finds out
 what each one hands to the next (backwards: to the one before it).
 """
@@ -61,9 +65,26 @@ def _load_rows(ptr, stride, t, columns, inside):
 
 
 @triton.jit
+def _per_channel(ptr, channels, BLOCK_T: tl.constexpr, E):
+    """A parameter of each channel as a tile (BLOCK_T, channels), zeros where there is none.
+
+    It is loaded as a tile, not as a row: tensors keep the layout of what was loaded, and in this
+    one each thread has its own tokens and channels. Otherwise the step size would be formed in the
+    layout of the states, once for every group of states.
+    """
+    tile = tl.zeros((BLOCK_T, channels.shape[0]), tl.float32)
+    if ptr is not None:
+        any_token = tl.arange(0, BLOCK_T)[:, None] >= 0
+        tile += _load_rows(
+            ptr, 0, tl.arange(0, BLOCK_T), channels, any_token & (channels < E)[None, :]
+        )
+    return tile
+
+
+@triton.jit
 def _step_size(raw, bias, real, lowest, highest, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr):
     """Δ (T, E) of a tile, 0 where no real token stands: the state is held there."""
-    delta = raw + bias[None, :]
+    delta = raw + bias
     if SOFTPLUS:
         delta = _softplus(delta)
     if CLAMP:
@@ -157,6 +178,7 @@ def selective_scan_carry_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """carry (rows, segments, 2, E, N): P and Q of the map s -> P s + Q that a segment stands for.
 
@@ -176,9 +198,7 @@ def selective_scan_carry_kernel(
     en = e[None, :, None] * N + n[None, None, :]
     in_en = in_e[None, :, None] & in_n[None, None, :]
     A2 = tl.load(A_ptr + en, mask=in_en, other=0.0).to(tl.float32) * LOG2E
-    bias = tl.zeros((BLOCK_E,), tl.float32)
-    if bias_ptr is not None:
-        bias += tl.load(bias_ptr + e, mask=in_e, other=0.0).to(tl.float32)
+    bias = _per_channel(bias_ptr, e, BLOCK_T, E)
 
     v_ptr += batch * v_b + first * v_t
     dt_ptr += batch * dt_b + first * dt_t
@@ -199,35 +219,27 @@ def selective_scan_carry_kernel(
     W_ptr += long * W_t
     if z_ptr is not None:
         z_ptr += long * z_t
-    here = (t0 + t >= start) & (t0 + t < end)
-    v_next = _load_rows(v_ptr, v_t, t, e, here[:, None] & in_e[None, :])
-    dt_next = _load_rows(dt_ptr, dt_t, t, e, here[:, None] & in_e[None, :])
-    W_next = _load_rows(W_ptr, W_t, t, n, here[:, None] & in_n[None, :])
-    z_next = v_next
-    if z_ptr is not None:
-        z_next = _load_rows(z_ptr, z_t, t, e, here[:, None] & in_e[None, :])
-    for _ in range(0, tiles):
-        v, raw, W, z = v_next, dt_next, W_next, z_next
-        real = (t0 + t < end)[:, None] & in_e[None, :]
+    for _ in tl.range(0, tiles, num_stages=STAGES):
+        here = (t0 + t >= start) & (t0 + t < end)
+        v = _load_rows(v_ptr, v_t, t, e, here[:, None] & in_e[None, :])
+        raw = _load_rows(dt_ptr, dt_t, t, e, here[:, None] & in_e[None, :])
+        W = _load_rows(W_ptr, W_t, t, n, here[:, None] & in_n[None, :])
+        v_ptr += step * v_t
+        dt_ptr += step * dt_t
+        W_ptr += step * W_t
+        if z_ptr is not None:
+            z = _load_rows(z_ptr, z_t, t, e, here[:, None] & in_e[None, :])
+            z_ptr += step * z_t
+            v *= z * _sigmoid(z)
+        real = here[:, None] & in_e[None, :]
         if mask_ptr is not None:
-            mask = tl.load(mask_ptr + first + t0 + t, mask=t0 + t < end, other=0)
+            mask = tl.load(mask_ptr + first + t0 + t, mask=here, other=0)
             real &= mask[:, None] != 0
         drops = tl.zeros((BLOCK_T,), tl.float32)
         if seq_ptr is not None:
             drops = _document_drops(seq_ptr, t0 + t, first, length)
-            dropped += tl.where(t0 + t < end, drops, 0.0)
+            dropped += tl.where(here, drops, 0.0)
         t0 += step
-        v_ptr += step * v_t
-        dt_ptr += step * dt_t
-        W_ptr += step * W_t
-        ahead = (t0 + t >= start) & (t0 + t < end)
-        v_next = _load_rows(v_ptr, v_t, t, e, ahead[:, None] & in_e[None, :])
-        dt_next = _load_rows(dt_ptr, dt_t, t, e, ahead[:, None] & in_e[None, :])
-        W_next = _load_rows(W_ptr, W_t, t, n, ahead[:, None] & in_n[None, :])
-        if z_ptr is not None:
-            z_ptr += step * z_t
-            z_next = _load_rows(z_ptr, z_t, t, e, ahead[:, None] & in_e[None, :])
-            v *= z * _sigmoid(z)
         delta = _step_size(raw, bias, real, lowest, highest, SOFTPLUS, CLAMP)
         steps += delta
         a = _decays(delta, A2, drops, seq_ptr is not None)
@@ -287,6 +299,7 @@ def selective_scan_fwd_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """One program per row (or document), segment of the row and block of channels.
 
@@ -306,12 +319,8 @@ def selective_scan_fwd_kernel(
     en = e[None, :, None] * N + n[None, None, :]
     in_en = in_e[None, :, None] & in_n[None, None, :]
     A2 = tl.load(A_ptr + en, mask=in_en, other=0.0).to(tl.float32) * LOG2E
-    bias = tl.zeros((BLOCK_E,), tl.float32)
-    if bias_ptr is not None:
-        bias += tl.load(bias_ptr + e, mask=in_e, other=0.0).to(tl.float32)
-    D = tl.zeros((BLOCK_E,), tl.float32)
-    if D_ptr is not None:
-        D += tl.load(D_ptr + e, mask=in_e, other=0.0).to(tl.float32)
+    bias = _per_channel(bias_ptr, e, BLOCK_T, E)
+    D = _per_channel(D_ptr, e, BLOCK_T, E)
     state = tl.zeros((1, BLOCK_E, BLOCK_N), tl.float32)
     size = E.to(tl.int64) * N
     if initial_ptr is not None:
@@ -334,32 +343,23 @@ def selective_scan_fwd_kernel(
     first += batch * T
     y_ptr += (first + start) * E
 
-    inside = (start + t < end)[:, None] & in_e[None, :]
-    inside_n = (start + t < end)[:, None] & in_n[None, :]
-    x_next = _load_rows(x_ptr, x_t, t, e, inside)
-    dt_next = _load_rows(dt_ptr, dt_t, t, e, inside)
-    B_next = _load_rows(B_ptr, B_t, t, n, inside_n)
-    C_next = _load_rows(C_ptr, C_t, t, n, inside_n)
-    for t0 in range(start, end, BLOCK_T):
-        x, raw, B, C = x_next, dt_next, B_next, C_next
+    for t0 in tl.range(start, end, BLOCK_T, num_stages=STAGES):
         inside = (t0 + t < end)[:, None] & in_e[None, :]
-        real = inside
-        if mask_ptr is not None:
-            real &= tl.load(mask_ptr + first + t0 + t, mask=t0 + t < end, other=0)[:, None] != 0
-        if z_ptr is not None:
-            z = _load_rows(z_ptr, z_t, t, e, inside)
-            z_ptr += BLOCK_T * z_t
-        # The next tile's loads are under way while this tile is computed.
+        inside_n = (t0 + t < end)[:, None] & in_n[None, :]
+        x = _load_rows(x_ptr, x_t, t, e, inside)
+        raw = _load_rows(dt_ptr, dt_t, t, e, inside)
+        B = _load_rows(B_ptr, B_t, t, n, inside_n)
+        C = _load_rows(C_ptr, C_t, t, n, inside_n)
         x_ptr += BLOCK_T * x_t
         dt_ptr += BLOCK_T * dt_t
         B_ptr += BLOCK_T * B_t
         C_ptr += BLOCK_T * C_t
-        ahead = t0 + BLOCK_T + t < end
-        x_next = _load_rows(x_ptr, x_t, t, e, ahead[:, None] & in_e[None, :])
-        dt_next = _load_rows(dt_ptr, dt_t, t, e, ahead[:, None] & in_e[None, :])
-        B_next = _load_rows(B_ptr, B_t, t, n, ahead[:, None] & in_n[None, :])
-        C_next = _load_rows(C_ptr, C_t, t, n, ahead[:, None] & in_n[None, :])
-
+        if z_ptr is not None:
+            z = _load_rows(z_ptr, z_t, t, e, inside)
+            z_ptr += BLOCK_T * z_t
+        real = inside
+        if mask_ptr is not None:
+            real &= tl.load(mask_ptr + first + t0 + t, mask=t0 + t < end, other=0)[:, None] != 0
         if saved_ptr is not None:
             # The chunk's other tiles write nothing.
             tl.store(saved_ptr + en, h[None, :, :], mask=in_en & (t0 % CHUNK == 0))
@@ -375,7 +375,7 @@ def selective_scan_fwd_kernel(
             h = _row(a, i) * h + _row(b, i)
             states = _with_row(states, i, h)
         y = tl.sum(states * C[:, None, :], axis=2)
-        y += D[None, :] * x
+        y += D * x
         if z_ptr is not None:
             y *= z * _sigmoid(z)
         if mask_ptr is not None:

@@ -9,6 +9,7 @@ from ssm_hf.ops.selective_scan.kernels import (
     _first_saved,
     _handed_on,
     _load_rows,
+    _per_channel,
     _row,
     _row_extent,
     _segment,
@@ -19,6 +20,25 @@ from ssm_hf.ops.selective_scan.kernels import (
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _over_channels(tile):
+    """Sum of a tile (T, E, N) over its channels.
+
+    Channels 8 apart lie in one thread, and the 8 sums lie in different threads. Splitting those in
+    halves moves the halves into a thread, all in one pass through shared memory; plain sums would
+    take three rounds of shuffles for each value and leave every result in 8 threads.
+    """
+    T: tl.constexpr = tile.shape[0]
+    E: tl.constexpr = tile.shape[1]
+    N: tl.constexpr = tile.shape[2]
+    if E < 16:
+        return tl.sum(tile, axis=1)
+    else:
+        sums = tl.sum(tl.reshape(tile, (T, E // 8, 8, N)), axis=1)
+        first, second = tl.split(tl.permute(tl.reshape(sums, (T, 2, 4, N)), (0, 2, 3, 1)))
+        return tl.sum(first + second, axis=1)
 
 
 @triton.jit(do_not_specialize=["tokens", "T", "segments"])
@@ -74,6 +94,7 @@ def selective_scan_bwd_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """One program per row (or document), segment of the row and block of channels.
 
@@ -100,12 +121,8 @@ def selective_scan_bwd_kernel(
     en = e[None, :, None] * N + n[None, None, :]
     in_en = in_e[None, :, None] & in_n[None, None, :]
     A2 = tl.load(A_ptr + en, mask=in_en, other=0.0).to(tl.float32) * LOG2E
-    bias = tl.zeros((BLOCK_E,), tl.float32)
-    if bias_ptr is not None:
-        bias += tl.load(bias_ptr + e, mask=in_e, other=0.0).to(tl.float32)
-    D = tl.zeros((BLOCK_E,), tl.float32)
-    if D_ptr is not None:
-        D += tl.load(D_ptr + e, mask=in_e, other=0.0).to(tl.float32)
+    bias_f, bias = _per_channel(bias_ptr, e, BLOCK_F, E), _per_channel(bias_ptr, e, BLOCK_T, E)
+    D = _per_channel(D_ptr, e, BLOCK_T, E)
 
     leaving = tl.zeros((1, BLOCK_E, BLOCK_N), tl.float32)
     if dfinal_ptr is not None:
@@ -143,27 +160,22 @@ def selective_scan_bwd_kernel(
         # Forward through the chunk: the state before each tile goes to scratch.
         x_at, dt_at, B_at = x_ptr + long * x_t, dt_ptr + long * dt_t, B_ptr + long * B_t
         noted = scratch_ptr
-        ahead = c0 + f < stop
-        x_next = _load_rows(x_at, x_t, f, e, ahead[:, None] & in_e[None, :])
-        dt_next = _load_rows(dt_at, dt_t, f, e, ahead[:, None] & in_e[None, :])
-        B_next = _load_rows(B_at, B_t, f, n, ahead[:, None] & in_n[None, :])
-        for t0 in range(c0, stop, BLOCK_F):
-            x, raw, B = x_next, dt_next, B_next
-            real = (t0 + f < stop)[:, None] & in_e[None, :]
-            if mask_ptr is not None:
-                mask = tl.load(mask_ptr + first + t0 + f, mask=t0 + f < stop, other=0)
-                real &= mask[:, None] != 0
+        for t0 in tl.range(c0, stop, BLOCK_F, num_stages=STAGES):
+            here = t0 + f < stop
+            x = _load_rows(x_at, x_t, f, e, here[:, None] & in_e[None, :])
+            raw = _load_rows(dt_at, dt_t, f, e, here[:, None] & in_e[None, :])
+            B = _load_rows(B_at, B_t, f, n, here[:, None] & in_n[None, :])
             x_at += BLOCK_F * x_t
             dt_at += BLOCK_F * dt_t
             B_at += BLOCK_F * B_t
-            ahead = t0 + BLOCK_F + f < stop
-            x_next = _load_rows(x_at, x_t, f, e, ahead[:, None] & in_e[None, :])
-            dt_next = _load_rows(dt_at, dt_t, f, e, ahead[:, None] & in_e[None, :])
-            B_next = _load_rows(B_at, B_t, f, n, ahead[:, None] & in_n[None, :])
+            real = here[:, None] & in_e[None, :]
+            if mask_ptr is not None:
+                mask = tl.load(mask_ptr + first + t0 + f, mask=here, other=0)
+                real &= mask[:, None] != 0
             drops = tl.zeros((BLOCK_F,), tl.float32)
             if seq_ptr is not None:
                 drops = _document_drops(seq_ptr, t0 + f, first, length)
-            delta = _step_size(raw, bias, real, lowest, highest, SOFTPLUS, CLAMP)
+            delta = _step_size(raw, bias_f, real, lowest, highest, SOFTPLUS, CLAMP)
             a = _decays(delta, A2, drops, seq_ptr is not None)
             b = (delta * x)[:, :, None] * B[:, None, :]
             for i in tl.static_range(BLOCK_F):
@@ -189,13 +201,15 @@ def selective_scan_bwd_kernel(
         z_next = x_next
         if z_ptr is not None:
             z_next = _load_rows(z_at, z_t, t, e, here[:, None] & in_e[None, :])
+        noted_next = tl.load(noted + own)
         for tile in range(tiles - 1, -1, -1):
             x, raw, dy, B, C, z = x_next, dt_next, dy_next, B_next, C_next, z_next
             at = c0 + tile * BLOCK_T + t
             inside = (at < stop)[:, None] & in_e[None, :]
             inside_n = (at < stop)[:, None] & in_n[None, :]
-            entering = tl.load(noted + own)
-            noted -= BLOCK_E * BLOCK_N
+            entering = noted_next
+            noted -= tl.where(tile > 0, BLOCK_E * BLOCK_N, 0)
+            noted_next = tl.load(noted + own)
             # The tile before this one is whole; in front of the first there is none.
             x_at -= BLOCK_T * x_t
             dt_at -= BLOCK_T * dt_t
@@ -231,11 +245,11 @@ def selective_scan_bwd_kernel(
                 states = _with_row(states, i, h)
             out = (first + at)[:, None] * E + e[None, :]
             if z_ptr is not None:
-                y = tl.sum(states * C[:, None, :], axis=2) + D[None, :] * x
+                y = tl.sum(states * C[:, None, :], axis=2) + D * x
                 open_ = _sigmoid(z)
                 tl.store(dz_ptr + out, dy * y * open_ * (1.0 + z * (1.0 - open_)), mask=inside)
                 dy *= z * open_
-            dC = tl.sum(states * dy[:, :, None], axis=1)
+            dC = _over_channels(states * dy[:, :, None])
             cdy = C[:, None, :] * dy[:, :, None]
             g, handed = cdy, cdy
             for i in tl.static_range(BLOCK_T - 1, -1, -1):
@@ -243,7 +257,7 @@ def selective_scan_bwd_kernel(
                 k = _row(a, i) * gi
                 g = _with_row(g, i, gi)
                 handed = _with_row(handed, i, k)
-            dB = tl.sum(g * u[:, :, None], axis=1)
+            dB = _over_channels(g * u[:, :, None])
             du = tl.sum(g * B[:, None, :], axis=2)
             # Gradient of the decay's exponent.
             exponent = handed * before
@@ -253,10 +267,10 @@ def selective_scan_bwd_kernel(
                 free = _step_size(raw, bias, real, lowest, highest, SOFTPLUS, False)
                 ddelta = tl.where((free >= lowest) & (free <= highest), ddelta, 0.0)
             if SOFTPLUS:
-                ddelta *= _sigmoid(raw + bias[None, :])
+                ddelta *= _sigmoid(raw + bias)
             ddelta = tl.where(real, ddelta, 0.0)
             tl.store(ddt_ptr + out, ddelta, mask=inside)
-            tl.store(dx_ptr + out, D[None, :] * dy + delta * du, mask=inside)
+            tl.store(dx_ptr + out, D * dy + delta * du, mask=inside)
             dD += dy * x
             dbias += ddelta
             share = (block.to(tl.int64) * tokens + first + at)[:, None] * N + n[None, :]

@@ -58,12 +58,13 @@ def _options(kernel: str, rows: int, x: Tensor, states: int) -> dict[str, Any]:
     return {**options, "BLOCK_N": block_n, "BLOCK_E": block_e, "num_warps": warps}
 
 
-def _rows(v: Tensor) -> Tensor:
-    return v if v.stride(-1) == 1 else v.contiguous()
+def _rows(*tensors: Tensor | None) -> list[Any]:
+    """Tensors whose last axis is contiguous; views of a wide projection stay as they are."""
+    return [v if v is None or v.stride(-1) == 1 else v.contiguous() for v in tensors]
 
 
-def _flat(v: Tensor | None) -> Tensor | None:
-    return None if v is None else v.contiguous()
+def _flat(*tensors: Tensor | None) -> list[Any]:
+    return [None if v is None else v.contiguous() for v in tensors]
 
 
 def _strides(*tensors: Tensor | None) -> list[int]:
@@ -87,17 +88,28 @@ def _outputs(
     return x.new_empty(x.shape), final, saved
 
 
-def _segments(rows: int, x: Tensor, options: dict[str, Any], full: int, fill: int) -> int:
+def _segments(rows: int, x: Tensor, warps: int, full: int, fill: int) -> int:
     """Pieces to cut every row into, so that a small batch of long rows fills the GPU.
 
     Segments cost a pass of their own, so there are none where `full` warps for each multiprocessor
     are at work already; else there are as many as make it `fill` warps.
     """
-    warps = rows * -(-x.shape[2] // options["BLOCK_E"]) * options["num_warps"]
     if warps >= full * processors(x.device):
         return 1
     length = x.shape[0] * x.shape[1] // rows
     return max(1, min(-(-fill * processors(x.device) // warps), length // (4 * CHUNK)))
+
+
+def _plan(
+    kernel: str, x: Tensor, states: int, cu_seqlens: Tensor | None
+) -> tuple[int, int, int, dict[str, Any]]:
+    """Rows, segments of a row, blocks of channels, and the launch options that make them so."""
+    rows = _number_of_rows(x, cu_seqlens)
+    options = _options(kernel, rows, x, states)
+    full, fill = options.pop("FULL"), options.pop("FILL")
+    blocks = -(-x.shape[2] // options["BLOCK_E"])
+    segments = _segments(rows, x, rows * blocks * options["num_warps"], full, fill)
+    return rows, segments, blocks, options
 
 
 def _carries(
@@ -107,7 +119,7 @@ def _carries(
     W: Tensor,
     z: Tensor | None,
     dt_bias: Tensor | None,
-    packing: tuple[Tensor | None, Tensor | None, Tensor | None],
+    packing: list[Tensor | None],
     rows: int,
     segments: int,
     limits: dict[str, Any],
@@ -170,19 +182,15 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> y, final state (rows, I, N) and, with `save`, the state before every chunk of tokens."""
     y, final, saved = _outputs(x, A, cu_seqlens, save)
-    rows, inner, states = final.shape
-    options = _options("selective_scan_fwd", rows, x, states)
-    segments = _segments(rows, x, options, options.pop("FULL"), options.pop("FILL"))
+    inner, states = A.shape
+    rows, segments, blocks, options = _plan("selective_scan_fwd", x, states, cu_seqlens)
     limits = _limits(dt_softplus, lowest, highest)
-    x, dt, B, C = (_rows(v) for v in (x, dt, B, C))
-    z = None if z is None else _rows(z)
-    A = A.contiguous()
-    D, dt_bias, initial_state = (_flat(v) for v in (D, dt_bias, initial_state))
-    packing = _flat(seq_idx), _flat(cu_seqlens), _flat(mask)
-    grid = (rows * segments * -(-inner // options["BLOCK_E"]),)
+    x, dt, B, C, z = _rows(x, dt, B, C, z)
+    A, D, dt_bias, initial_state = _flat(A, D, dt_bias, initial_state)
+    packing = _flat(seq_idx, cu_seqlens, mask)
     with on_device(x):
         carry = _carries(x, dt, A, B, None, dt_bias, packing, rows, segments, limits, False)
-        _fwd_kernel[grid](
+        _fwd_kernel[(rows * segments * blocks,)](
             x,
             dt,
             A,
@@ -239,16 +247,11 @@ def _backward(
     """-> gradients of x, dt, A, B, C, D, z, dt_bias and initial_state; empty where None came in."""
     batch, length, inner = x.shape
     states = A.shape[1]
-    rows = _number_of_rows(x, cu_seqlens)
-    options = _options("selective_scan_bwd", rows, x, states)
-    segments = _segments(rows, x, options, options.pop("FULL"), options.pop("FILL"))
+    rows, segments, blocks, options = _plan("selective_scan_bwd", x, states, cu_seqlens)
     limits = _limits(dt_softplus, lowest, highest)
-    dy, x, dt, B, C = (_rows(v) for v in (dy, x, dt, B, C))
-    z = None if z is None else _rows(z)
-    A = A.contiguous()
-    D, dt_bias, dfinal = (_flat(v) for v in (D, dt_bias, dfinal))
-    packing = _flat(seq_idx), _flat(cu_seqlens), _flat(mask)
-    blocks = -(-inner // options["BLOCK_E"])
+    dy, x, dt, B, C, z = _rows(dy, x, dt, B, C, z)
+    A, D, dt_bias, dfinal = _flat(A, D, dt_bias, dfinal)
+    packing = _flat(seq_idx, cu_seqlens, mask)
     programs = rows * segments * blocks
     wide: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
     dx, ddt = x.new_empty(x.shape), dt.new_empty(dt.shape)
