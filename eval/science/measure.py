@@ -21,8 +21,8 @@ Predictor = Callable[[Samples], Tensor]
 BATCH_TOKENS = 2**16
 # Predictions that may change for no reason: ties between equal logits.
 TOLERATED = 0.02
-# Of a memory that ends: below this share of its largest influence it has faded, above it was cut.
-FADED = 1e-3
+# Roundings of the logits: an influence that ends above so many was cut off, below it has faded.
+FADED = 32
 
 
 class ModelPredictor:
@@ -156,8 +156,8 @@ class Integrity:
         sees_ahead: share that changes when only later inputs change.
         reach: tokens over which a changed input still changes an output, as far as looked for.
         needed: how far was looked for.
-        edge: the change at that distance, over the largest at any: a memory that fades has faded
-            to roundings where it ends, one that is cut off has not.
+        edge: the change at that distance in roundings of the largest logit: a memory that fades
+            ends there, one that is cut off ends above.
         wiped: the reach falls short of what was looked for, and it was cut off.
         leaks: one of the two shares is more than ties explain.
     """
@@ -225,7 +225,7 @@ def _sees_ahead(predictor: Predictor, samples: Samples, generator: Generator) ->
 
 def _reach(predictor: Predictor, samples: Samples) -> tuple[int, int, float]:
     """The largest distance from a changed input to a changed output, the largest possible, and the
-    change there over the largest change.
+    change there in roundings.
 
     Inputs are changed at four places of the first half, each in all samples at once.
     """
@@ -251,4 +251,5 @@ def _reach(predictor: Predictor, samples: Samples) -> tuple[int, int, float]:
     if not len(seen):
         return 0, tokens - 2, 0.0
     reach = int(seen.max())
-    return reach, tokens - 2, float(changes[reach] / changes.max())
+    rounding = torch.finfo(before.dtype).eps * before.abs().max()
+    return reach, tokens - 2, float(changes[reach] / rounding)

@@ -1,0 +1,700 @@
+"""The science suite without training: files, measuring, rules, verdicts, plans, reports."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from eval.science import controls
+from eval.science.measure import (
+    LeakedLabels,
+    ModelPredictor,
+    WipedState,
+    accuracy,
+    integrity,
+    scaled,
+    targets,
+)
+from eval.science.plan import Plan
+from eval.science.report import markdown, mean_and_spread, render, summary, write_report
+from eval.science.results import collect
+from eval.science.suite import Reference, ScienceSuite, load_science_suite, merged
+from eval.science.verdicts import (
+    Sample,
+    above,
+    all_of,
+    bound,
+    resolution_of_difference,
+    resolution_of_mean,
+    same,
+    t_quantile,
+)
+from eval.science.worker import RESULT, check_job, write_json
+from eval.suite import build
+from eval.tasks import IGNORED, Samples, make_task, seeded
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted((ROOT / "configs" / "eval").glob("science-*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def auto_classes():
+    """Controls and our models are registered for a test alone."""
+    mappings = (
+        transformers.models.auto.configuration_auto.CONFIG_MAPPING,
+        transformers.models.auto.modeling_auto.MODEL_MAPPING,
+        transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+    )
+    before = [dict(mapping._extra_content) for mapping in mappings]
+    controls.register()
+    yield
+    for mapping, content in zip(mappings, before, strict=True):
+        mapping._extra_content = content
+
+
+def suite_values(**changes):
+    values = {
+        "title": "test",
+        "train": {"max_steps": 4, "schedule": {"warmup_steps": 1}, "data": {"seq_len": 32}},
+        "models": {
+            "small": {
+                "config": {
+                    "model_type": "mamba2",
+                    "hidden_size": 16,
+                    "num_hidden_layers": 1,
+                    "num_heads": 2,
+                    "head_dim": 16,
+                    "n_groups": 1,
+                    "state_size": 8,
+                }
+            },
+            "again": {"like": "small", "first_seed": 10},
+            "wide": {"like": "small", "config": {"state_size": 32}, "learning_rates": [0.5]},
+        },
+        "experiments": {
+            "copy": {
+                "task": "string_copy",
+                "lengths": ["2-8"],
+                "models": ["small", "again", "wide"],
+                "learning_rates": [0.1, 0.2],
+                "select": 8,
+                "measure": [8, 16],
+                "samples": 100,
+            }
+        },
+        "claims": [
+            {
+                "claim": "it copies",
+                "source": "nobody",
+                "shape": "much",
+                "checks": [{"value": "copy/small string@8", "at_least": 0.5}],
+            },
+            {
+                "claim": "seeds do not matter",
+                "source": "control",
+                "shape": "no difference",
+                "checks": [{"value": "copy/small string@8", "same_as": "copy/again string@8"}],
+            },
+            {"claim": "the moon", "source": "x", "shape": "y", "why_not": "not here"},
+        ],
+        "controls": [{"experiment": "copy", "model": "small"}],
+    }
+    return merged(values, changes)
+
+
+def suite_of(**changes) -> ScienceSuite:
+    return build(ScienceSuite, suite_values(**changes), "")
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_suites_are_whole(path, tmp_path) -> None:
+    """Every recipe and every model config of every suite is one that training takes."""
+    plan = Plan(load_science_suite(path), tmp_path)
+    assert plan.counts()[2] > 0
+    for group in plan.groups.values():
+        check_job(plan.job(group, (group.learning_rates[0], group.seeds[0])))
+
+
+def test_models_take_from_one_another() -> None:
+    suite = suite_of()
+    wide = suite.model("wide")
+    assert wide.config["state_size"] == 32
+    assert wide.config["hidden_size"] == 16
+    assert suite.learning_rates("copy", "wide") == [0.5]
+    assert suite.learning_rates("copy", "again") == [0.1, 0.2]
+
+
+def test_a_model_may_come_from_a_file(tmp_path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"model_type": "mamba2", "hidden_size": 64}))
+    suite = suite_of(models={"filed": {"file": str(file)}})
+    assert suite.model("filed").config["hidden_size"] == 64
+
+
+def test_recipes_are_layered() -> None:
+    suite = suite_of(
+        models={"again": {"train": {"precision": "bf16", "data": {"task": {"pack": False}}}}},
+        experiments={"copy": {"train": {"max_steps": 9}}},
+    )
+    recipe = suite.recipe("copy", "again", 0.3, 10)
+    assert recipe["max_steps"] == 9
+    assert recipe["precision"] == "bf16"
+    assert recipe["seed"] == 10
+    assert recipe["optimizer"] == {"lr": 0.3}
+    assert recipe["data"]["seq_len"] == 32
+    assert recipe["data"]["task"]["pack"] is False
+    assert recipe["data"]["task"]["name"] == "string_copy"
+    assert suite.recipe("copy", "small", 0.3, 0)["data"]["task"]["pack"] is True
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"experiments": {"copy": {"models": ["big"]}}}, "model 'big' is unknown"),
+        ({"experiments": {"copy": {"task": "copying"}}}, "unknown task 'copying'"),
+        ({"experiments": {"copy": {"lengths": ["2-20"]}}}, "43 tokens, a row 32"),
+        ({"experiments": {"copy": {"measure": [0]}}}, "below the smallest"),
+        ({"experiments": {"copy": {"measure": []}}}, "measure is empty"),
+        ({"experiments": {"copy": {"sweep": "none"}}}, "sweep must be"),
+        ({"experiments": {"copy": {"metric": "f1"}}}, "metric must be"),
+        ({"experiments": {"copy": {"seeds": 0}}}, "seeds must be"),
+        ({"experiments": {"copy": {"samples": 0}}}, "samples must be"),
+        ({"experiments": {"copy": {"task": "phone_book", "lengths": ["3"]}}}, "needs a tokenizer"),
+        ({"experiments": {"copy": {"colour": 1}}}, "closest is"),
+        ({"models": {"small": {"config": {"model_type": "x"}, "file": "y"}}}, "exactly one"),
+        ({"models": {"new": {"file": "nowhere.json"}}}, "does not exist"),
+        ({"models": {"new": {"config": {"hidden_size": 3}}}}, "no model_type"),
+        ({"models": {"new": {"like": "new"}}}, "like itself"),
+        ({"models": {"new": {"like": "old"}}}, "'old' is unknown"),
+        ({"train": {"data": {"seq_len": None}}}, "seq_len is missing"),
+        ({"controls": [{"experiment": "copy", "model": "big"}]}, "no model 'big'"),
+        ({"controls": [{"experiment": "x", "model": "small"}]}, "no experiment 'x'"),
+        (
+            {"controls": [{"experiment": "copy", "model": "small", "wipe_every": 0}]},
+            "wipe_every",
+        ),
+        (
+            {"controls": [{"experiment": "copy", "model": "small", "leaked_share": 0.0}]},
+            "leaked_share",
+        ),
+    ],
+)
+def test_mistakes_are_found_before_any_run(changes, message) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        suite_of(**changes)
+
+
+def claim_with(**check):
+    return {"claims": [{"claim": "c", "source": "s", "shape": "e", "checks": [check]}]}
+
+
+@pytest.mark.parametrize(
+    ("check", "message"),
+    [
+        ({"value": "copy/small string@8"}, "exactly one of"),
+        ({"value": "copy/small string@8", "at_least": 1.0, "at_most": 1.0}, "exactly one of"),
+        ({"value": "copy small", "at_least": 1.0}, "expected 'experiment/model"),
+        ({"value": "copy/small string@9", "at_least": 1.0}, "not 9"),
+        ({"value": "copy/small f1@8", "at_least": 1.0}, "no metric"),
+        ({"value": "copy/small string@8", "above": "copy/big string@8"}, "no model 'big'"),
+    ],
+)
+def test_claims_refer_to_what_is_measured(check, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        suite_of(**claim_with(**check))
+
+
+def test_a_claim_is_checked_or_says_why_not() -> None:
+    with pytest.raises(ValueError, match="checks or why_not"):
+        suite_of(claims=[{"claim": "c", "source": "s", "shape": "e"}])
+
+
+def test_files_that_are_no_suites(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load_science_suite(tmp_path / "none.yaml")
+    file = tmp_path / "bad.yaml"
+    for text, message in (("[1, 2]", "must be a YAML mapping"), ("a: [", "not valid YAML")):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_science_suite(file)
+
+
+def test_training_recipes_are_checked_too(tmp_path) -> None:
+    plan = Plan(suite_of(train={"max_stepz": 3}), tmp_path)
+    group = plan.groups["copy", "small"]
+    with pytest.raises(ValueError, match="closest valid key is 'max_steps'"):
+        check_job(plan.job(group, (0.1, 0)))
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
+class Copier:
+    """Answers string_copy by the rule; from each sample's own separator, so at any length."""
+
+    def __init__(self, vocab_size=30, wrong_after=10**9) -> None:
+        self.vocab_size, self.wrong_after = vocab_size, wrong_after
+
+    def __call__(self, samples: Samples) -> torch.Tensor:
+        rows, slots = (samples.labels != IGNORED).nonzero(as_tuple=True)
+        separator = (samples.input_ids == 2).float().argmax(1)[rows]
+        source = slots - separator
+        answer = samples.input_ids[rows, source.clamp(max=samples.input_ids.shape[1] - 1)]
+        answer = torch.where(source == separator, 3, answer)
+        answer = torch.where(source > self.wrong_after, 0, answer)
+        return torch.nn.functional.one_hot(answer, self.vocab_size).float()
+
+
+def test_accuracies_of_a_known_predictor() -> None:
+    task = make_task("string_copy", {})
+    right = accuracy(Copier(), task, 10, 50, seeded(0))
+    assert right == {
+        "samples": 50,
+        "string": 1,
+        "token": 1,
+        "last": 1,
+        "scaled": 1,
+        "scaled_last": 1,
+    }
+    # Eleven labels a sample, the first four of them right.
+    partly = accuracy(Copier(wrong_after=4), task, 10, 50, seeded(0))
+    assert partly["string"] == partly["last"] == 0
+    assert partly["token"] == pytest.approx(4 / 11)
+    assert partly["scaled_last"] == pytest.approx(-1 / 25)
+
+
+def test_batches_do_not_change_an_accuracy(monkeypatch) -> None:
+    task = make_task("string_copy", {})
+    monkeypatch.setattr("eval.science.measure.BATCH_TOKENS", 7 * task.tokens(10))
+    assert accuracy(Copier(wrong_after=4), task, 10, 50, seeded(0))["token"] == pytest.approx(
+        4 / 11
+    )
+
+
+def test_scaled_accuracy() -> None:
+    assert scaled(0.5, 2) == 0
+    assert scaled(1.0, 5) == 1
+    assert scaled(0.6, 5) == pytest.approx(0.5)
+
+
+def small_model(kind="mamba2", **changes):
+    config = {
+        "mamba2": {
+            "num_heads": 2,
+            "head_dim": 16,
+            "n_groups": 1,
+            "state_size": 8,
+            "chunk_size": 16,
+        },
+        "mamba_time_invariant": {"state_size": 4},
+        "lstm": {},
+        "llama": {"num_attention_heads": 2, "intermediate_size": 32},
+    }[kind]
+    common = {"model_type": kind, "hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 30}
+    made = transformers.AutoConfig.for_model(**{**common, **config, **changes})
+    return transformers.AutoModelForCausalLM.from_config(made, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("kind", ["mamba2", "llama", "lstm", "mamba_time_invariant"])
+def test_logits_are_those_of_the_model(kind) -> None:
+    model = small_model(kind)
+    samples = make_task("string_copy", {}).sample([5, 9, 7], seeded(0))
+    got = ModelPredictor(model)(samples)
+    with torch.no_grad():
+        logits = model(input_ids=samples.input_ids, use_cache=False).logits
+    want = logits[:, :-1][samples.labels[:, 1:] != IGNORED]
+    assert torch.allclose(got, want, atol=1e-5)  # sums in another order, in fp32
+    assert len(got) == len(targets(samples))
+
+
+# --- rules ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["mamba2", "llama"])
+def test_honest_models_are_not_flagged_and_controls_are(kind) -> None:
+    honest = ModelPredictor(small_model(kind))
+    task = make_task("string_copy", {})
+    found = integrity(honest, task, 60, seeded(0))
+    assert (found.leaks, found.wiped, found.reach) == (False, False, found.needed)
+    assert found.follows_labels == found.sees_ahead == 0
+
+    leaked = integrity(LeakedLabels(honest, 0.25), task, 60, seeded(0))
+    assert leaked.leaks
+    assert leaked.follows_labels == pytest.approx(0.25, abs=0.05)
+
+    wiped = integrity(WipedState(honest, 64), task, 60, seeded(0))
+    assert wiped.wiped
+    assert wiped.reach == 63
+    assert not wiped.leaks
+
+
+class Peeking:
+    """Reads the token that it is to predict: what a scan that is not causal would do."""
+
+    def __call__(self, samples: Samples) -> torch.Tensor:
+        answer = samples.input_ids[samples.labels != IGNORED]
+        return torch.nn.functional.one_hot(answer, 30).float()
+
+
+def test_a_model_that_sees_ahead_is_flagged() -> None:
+    found = integrity(Peeking(), make_task("string_copy", {}), 20, seeded(0))
+    assert found.leaks
+    assert found.follows_labels == 0
+    assert found.sees_ahead > 0.02
+
+
+class Fading:
+    """A memory whose content halves with every token."""
+
+    def __call__(self, samples: Samples) -> torch.Tensor:
+        ids = samples.input_ids.float()
+        state, states = torch.zeros(len(ids)), []
+        for token in ids.T:
+            state = 0.5 * state + token
+            states.append(state)
+        hidden = torch.stack(states, 1)[:, :-1][samples.labels[:, 1:] != IGNORED]
+        return torch.stack([hidden, -hidden], 1)
+
+
+def test_a_memory_that_fades_is_not_called_wiped() -> None:
+    found = integrity(Fading(), make_task("string_copy", {}), 60, seeded(0))
+    assert found.reach < found.needed  # beyond, it is below a rounding of fp32
+    assert not found.wiped
+
+
+def test_wiping_is_reading_each_window_afresh() -> None:
+    honest = ModelPredictor(small_model())
+    samples = make_task("string_copy", {}).sample([20, 15, 20], seeded(0))
+    long = WipedState(honest, samples.input_ids.shape[1])(samples)
+    assert torch.allclose(long, honest(samples), atol=1e-5)  # sums in another order
+    short = WipedState(honest, 8)(samples)
+    # The label at slot 33 is predicted behind token 32, the first of a window.
+    labelled = (samples.labels[0] != IGNORED).nonzero()[:, 0].tolist()
+    alone = honest(
+        Samples(
+            samples.input_ids[:1, 32:34],
+            torch.tensor([[IGNORED, int(samples.labels[0, 33])]]),
+            torch.tensor([2]),
+        )
+    )
+    assert torch.allclose(short[labelled.index(33)], alone[0], atol=1e-5)
+
+
+def test_time_invariant_mixer_has_constant_steps_and_projections() -> None:
+    """Its scan commutes with shifts: the same input later gives the same output later."""
+    model = small_model("mamba_time_invariant")
+    (projection,) = [m.x_proj for m in model.modules() if hasattr(m, "x_proj")]
+    a, b = projection(torch.randn(2, 5, 32)), projection(torch.randn(2, 5, 32))
+    assert torch.equal(a, b)
+    assert torch.equal(a[0, 0], a[1, 4])
+    loss = model(input_ids=torch.randint(30, (2, 9)), labels=torch.randint(30, (2, 9))).loss
+    loss.backward()
+    assert projection.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", ["lstm", "mamba_time_invariant"])
+def test_controls_are_saved_and_loaded(kind, tmp_path) -> None:
+    model = small_model(kind)
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ids = torch.randint(30, (2, 7))
+    assert type(loaded) is type(model)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, loaded(input_ids=ids).logits)
+
+
+# --- verdicts -------------------------------------------------------------------------------------
+
+
+def test_t_quantiles() -> None:
+    assert t_quantile(1) == 12.706
+    assert t_quantile(2.9) == 4.303
+    assert t_quantile(0.5) == math.inf
+    assert t_quantile(20) == pytest.approx(2.086, abs=0.002)
+    assert t_quantile(1000) == pytest.approx(1.962, abs=0.002)
+
+
+def test_one_seed_decides_nothing() -> None:
+    one = Sample((1.0,), 1000)
+    assert resolution_of_mean(one) == math.inf
+    assert bound(one, "x", 0.5, lower=True).verdict == "not decided"
+    assert bound(one, "x", 0.5, lower=True).resolution is None
+    assert above(one, Sample((0.0, 0.0), 1000), ("a", "b"), 0.0).verdict == "not decided"
+
+
+def test_resolution_holds_spread_and_sampling() -> None:
+    sample = Sample((0.8, 0.9, 1.0), 500)
+    by_seed = 4.303 * 0.1 / math.sqrt(3)
+    assert resolution_of_mean(sample) == pytest.approx(math.hypot(by_seed, sample.sampling))
+    # Seeds that agree still leave the finite number of test samples.
+    exact = Sample((1.0, 1.0, 1.0), 500)
+    assert 0 < resolution_of_mean(exact) < 0.005
+    assert Sample((1.0, 1.0), 10).sampling > Sample((1.0, 1.0), 1000).sampling
+    # A scaled accuracy of two classes is twice as uncertain as the share behind it.
+    assert Sample((0.0, 0.0), 500, choices=2).sampling == pytest.approx(
+        2 * Sample((0.5, 0.5), 500).sampling
+    )
+
+
+def test_welch() -> None:
+    a, b = Sample((0.9, 1.0, 0.8), 10**9), Sample((0.5, 0.5, 0.5), 10**9)
+    # All spread is in one group: two degrees of freedom.
+    assert resolution_of_difference(a, b) == pytest.approx(4.303 * 0.1 / math.sqrt(3), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("values", "limit", "lower", "verdict"),
+    [
+        ((0.99, 1.0, 1.0), 0.95, True, "confirmed"),
+        ((0.1, 0.2, 0.1), 0.95, True, "not confirmed"),
+        ((1.0, 1.0, 0.2), 0.95, True, "not decided"),
+        ((0.96, 0.94, 0.95), 0.95, True, "not decided"),
+        ((0.0, 0.01, 0.0), 0.1, False, "confirmed"),
+        ((0.9, 0.9, 0.9), 0.1, False, "not confirmed"),
+    ],
+)
+def test_bounds(values, limit, lower, verdict) -> None:
+    outcome = bound(Sample(values, 512), "x", limit, lower=lower)
+    assert outcome.verdict == verdict
+    assert f"{limit:g}" in outcome.text
+
+
+def test_differences() -> None:
+    high, low = Sample((0.9, 0.92, 0.91), 512), Sample((0.4, 0.45, 0.42), 512)
+    names = ("a", "b")
+    assert above(high, low, names, 0.3).verdict == "confirmed"
+    assert above(high, low, names, 0.6).verdict == "not confirmed"
+    assert above(high, low, names, 0.48).verdict == "not decided"
+    assert same(high, low, names).verdict == "not confirmed"
+    assert same(high, Sample((0.91, 0.9, 0.93), 512), names).verdict == "confirmed"
+    coarse = Sample((0.1, 0.9, 0.5), 512)
+    assert same(coarse, coarse, names).verdict == "not decided"
+
+
+def test_the_same_model_under_other_seeds_is_no_difference() -> None:
+    """False alarms of `same` and `above` on equal groups stay near the 5 % they are made for."""
+    generator = torch.Generator().manual_seed(0)
+    alarms = 0
+    for _ in range(500):
+        draws = (0.5 + 0.05 * torch.randn(6, generator=generator)).tolist()
+        a, b = Sample(tuple(draws[:3]), 512), Sample(tuple(draws[3:]), 512)
+        alarms += same(a, b, ("a", "b")).verdict == "not confirmed"
+    assert alarms / 500 < 0.08
+
+
+def test_claims_need_all_checks() -> None:
+    def outcomes(*verdicts):
+        sample = Sample((1.0, 1.0, 1.0), 512)
+        limit = {"confirmed": 0.5, "not confirmed": 1.5, "not decided": 1.0}
+        return [bound(sample, "x", limit[v], lower=True) for v in verdicts]
+
+    assert all_of(outcomes("confirmed", "confirmed")) == "confirmed"
+    assert all_of(outcomes("confirmed", "not decided")) == "not decided"
+    assert all_of(outcomes("not decided", "not confirmed")) == "not confirmed"
+    assert all_of([]) == "not tested"
+
+
+# --- plan and report ------------------------------------------------------------------------------
+
+
+def fake_result(plan, group, key, *, string=1.0, select=1.0, leaks=False):
+    job = plan.job(group, key)
+    values = {"samples": 100, "token": string, "string": string, "last": string}
+    values |= {"scaled": string, "scaled_last": string}
+    rules = {
+        "follows_labels": 0.3 if leaks else 0.0,
+        "sees_ahead": 0.0,
+        "reach": 17,
+        "needed": 17,
+        "edge": 1.0,
+        "wiped": False,
+        "leaks": leaks,
+    }
+    result = {
+        "hash": job.hash,
+        "name": job.name,
+        "parameters": 1,
+        "seconds": {"training": 1.0, "measuring": 1.0},
+        "select": {**values, "string": select, "token": select},
+        "measure": {"8": values, "16": values},
+        "integrity": rules,
+    }
+    if job.control is not None:
+        result["controls"] = {
+            "honest": rules,
+            "leaked": {**rules, "leaks": True},
+            "wiped": {**rules, "wiped": True, "reach": 63},
+        }
+    folder = plan.folder(job)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / RESULT, result)
+    plan.settle(group, key, "nothing was left")
+
+
+def test_the_sweep_comes_first_and_its_best_goes_on(tmp_path) -> None:
+    plan = Plan(suite_of(), tmp_path)
+    group = plan.groups["copy", "small"]
+    assert group.open() == [(0.1, 0), (0.2, 0)]
+    assert group.planned() == 4
+    fake_result(plan, group, (0.1, 0), select=0.3)
+    assert group.open() == [(0.2, 0)]
+    fake_result(plan, group, (0.2, 0), select=0.6)
+    assert group.best_learning_rate() == 0.2
+    assert group.open() == [(0.2, 1), (0.2, 2)]
+    fake_result(plan, group, (0.2, 1))
+    plan.settle(group, (0.2, 2), "it fell over")
+    assert group.open() == []
+    assert group.errors == {(0.2, 2): "it fell over"}
+    assert len(group.of_best()) == 2
+
+
+def test_a_sweep_of_all_seeds(tmp_path) -> None:
+    plan = Plan(suite_of(experiments={"copy": {"sweep": "all"}}), tmp_path)
+    group = plan.groups["copy", "small"]
+    assert len(group.open()) == group.planned() == 6
+
+
+def test_a_failed_sweep_ends_the_group(tmp_path) -> None:
+    plan = Plan(suite_of(), tmp_path)
+    group = plan.groups["copy", "small"]
+    for rate in (0.1, 0.2):
+        plan.settle(group, (rate, 0), "no")
+    assert group.open() == []
+    assert group.best_learning_rate() is None
+
+
+def test_token_accuracy_decides_between_equal_learning_rates(tmp_path) -> None:
+    plan = Plan(suite_of(), tmp_path)
+    group = plan.groups["copy", "small"]
+    for rate, token in ((0.1, 0.2), (0.2, 0.7)):
+        fake_result(plan, group, (rate, 0), select=0.0)
+        group.results[rate, 0]["select"]["token"] = token
+    assert group.best_learning_rate() == 0.2
+
+
+def test_finished_runs_are_taken_over_unless_something_changed(tmp_path) -> None:
+    plan = Plan(suite_of(), tmp_path)
+    fake_result(plan, plan.groups["copy", "small"], (0.1, 0))
+    assert Plan(suite_of(), tmp_path).counts()[0] == 1
+    # Another model, seed or claim leaves them alone; another step count or length does not.
+    more = suite_of(experiments={"copy": {"models": ["small"], "seeds": 5}}, claims=[])
+    assert Plan(more, tmp_path).counts()[0] == 1
+    for change in ({"train": {"max_steps": 5}}, {"measure": [8]}, {"samples": 7}):
+        assert Plan(suite_of(experiments={"copy": change}, claims=[]), tmp_path).counts()[0] == 0
+    only = Plan(suite_of(), tmp_path, only=["copy"])
+    assert only.counts()[0] == 1
+    with pytest.raises(ValueError, match="no experiment"):
+        Plan(suite_of(), tmp_path, only=["copi"])
+
+
+def test_the_vocabulary_is_the_tasks(tmp_path) -> None:
+    plan = Plan(suite_of(), tmp_path)
+    job = plan.job(plan.groups["copy", "small"], (0.1, 0))
+    assert job.config["vocab_size"] == 30
+    assert job.control is not None
+    assert plan.job(plan.groups["copy", "wide"], (0.5, 0)).control is None
+
+
+HEADER = {
+    "title": "test",
+    "suite": "x.yaml",
+    "suite_sha256": "0" * 64,
+    "budget": "",
+    "workers": 1,
+    "minutes": 1.0,
+    "run_minutes": 2.0,
+    "date": "today",
+    "device": "cpu",
+    "versions": {"torch": "2"},
+}
+
+
+def filled(tmp_path, **changes):
+    plan = Plan(suite_of(**changes), tmp_path)
+    for name in ("small", "again"):
+        group = plan.groups["copy", name]
+        while group.open():
+            fake_result(plan, group, group.open()[0])
+    return plan
+
+
+def test_results_and_report(tmp_path) -> None:
+    results = collect(filled(tmp_path), HEADER)
+    verdicts = [claim["verdict"] for claim in results["claims"]]
+    assert verdicts == ["confirmed", "confirmed", "not tested"]
+    assert [row["verdict"] for row in results["controls"]] == ["confirmed"] * 3
+    assert len(results["unfinished"]) == 3  # of the model "wide", its one learning rate
+    files = write_report(results, tmp_path / "report")
+    assert {file.name for file in files} == {"science.json", "report.md", "copy.svg"}
+    stored = json.loads(files[0].read_text())
+    assert render(stored, tmp_path / "again")[0].read_text() == files[1].read_text()
+    text = files[1].read_text()
+    for part in (
+        "| it copies (nobody) | much |",
+        "smallest to be seen",
+        "**confirmed**",
+        "not here",
+        "![copy: string accuracy over length](copy.svg)",
+        "1.000 ± 0.000",
+        "## Not run",
+        "copy/wide/lr0.5/seed0",
+        "flagged: forgets every 64 tokens",
+    ):
+        assert part in text
+    shown = summary(results)
+    assert "CONFIRMED" in shown
+    assert "NOT TESTED" in shown
+
+
+def test_what_has_not_run_is_not_tested(tmp_path) -> None:
+    results = collect(Plan(suite_of(), tmp_path), HEADER)
+    assert {claim["verdict"] for claim in results["claims"]} == {"not tested"}
+    assert {row["verdict"] for row in results["controls"]} == {"not tested"}
+    assert "no finished run" in markdown(results, {})
+
+
+def test_a_leak_voids_what_it_touches(tmp_path) -> None:
+    plan = Plan(suite_of(), tmp_path)
+    for name in ("small", "again"):
+        group = plan.groups["copy", name]
+        while group.open():
+            fake_result(plan, group, group.open()[0], leaks=name == "again")
+    results = collect(plan, HEADER)
+    assert [claim["verdict"] for claim in results["claims"]] == [
+        "confirmed",
+        "not decided",
+        "not tested",
+    ]
+    assert "reads what it must not" in results["claims"][1]["checks"][0]["text"]
+    assert len(results["flagged"]) == 4
+    assert "30% of its answers change" in markdown(results, {})
+
+
+def test_a_control_that_is_not_seen_fails(tmp_path) -> None:
+    plan = filled(tmp_path)
+    for result in plan.groups["copy", "small"].results.values():
+        result["controls"]["wiped"]["wiped"] = False
+    rows = collect(plan, HEADER)["controls"]
+    assert [row["verdict"] for row in rows] == ["confirmed", "confirmed", "not confirmed"]
+
+
+def test_failures_are_reported(tmp_path) -> None:
+    plan = Plan(suite_of(), tmp_path)
+    plan.settle(plan.groups["copy", "small"], (0.1, 0), "RuntimeError: it fell over\nat line 3")
+    text = markdown(collect(plan, HEADER), {})
+    assert "- copy/small/lr0.1/seed0: RuntimeError: it fell over\n" in text
+
+
+def test_mean_and_spread() -> None:
+    assert mean_and_spread([0.5]) == "0.500"
+    assert mean_and_spread([0.4, 0.6]) == "0.500 ± 0.141"
+
+
+def test_references() -> None:
+    assert Reference.parse("a/b-1.2 string@40") == ("a", "b-1.2", "string", 40)
