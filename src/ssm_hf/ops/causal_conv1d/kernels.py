@@ -2,7 +2,8 @@
 
 A program walks through SEGMENTS pieces of a row side by side, ROWS x STEPS tokens each, and BLOCK_C
 channels; a tile (SEGMENTS, BLOCK_C) holds one token of each piece. The last K-1 inputs stay in
-registers, so each input is read once. Behind the pieces of a row come the programs of its states.
+registers, so each input is read once; STAGES - 1 sets of ROWS tokens are fetched ahead. Behind the
+pieces of a row come the programs of its states.
 
 Tokens are counted by rank: real tokens first, pads behind them. `order` (B, T) gives the position
 of each rank (None: there are no pads), `counts` (B,) the number of real tokens. `numbers` (B, T)
@@ -158,6 +159,7 @@ def causal_conv1d_fwd_kernel(
     stride_xb, stride_xt, length, channels, programs, documents,
     SILU: tl.constexpr, TAPS: tl.constexpr, UNIT: tl.constexpr,
     SEGMENTS: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """y, and the final states: (B or n, K-1, C)."""
     blocks = tl.cdiv(channels, BLOCK_C)
@@ -206,7 +208,7 @@ def causal_conv1d_fwd_kernel(
             x_ptr, stride_x, order_ptr, numbers_ptr, state_ptr, state_at, first, start, length,
             channels, channel, inside, PER_DOCUMENT, TAPS,
         )  # fmt: skip
-        for step in range(STEPS):
+        for step in tl.range(0, STEPS, num_stages=STAGES):
             rank = first + step * ROWS
             places, inputs, numbers = _fetch(
                 x_ptr, stride_x, numbers_ptr, order_ptr, rank, length, length, channel, inside, ROWS
@@ -280,6 +282,7 @@ def causal_conv1d_bwd_kernel(
     programs, documents,
     SILU: tl.constexpr, TAPS: tl.constexpr, UNIT: tl.constexpr,
     SEGMENTS: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """dx, dstate (B or n, K-1, C), and per program the sums (K+1, C) for dweight and dbias.
 
@@ -387,7 +390,7 @@ def causal_conv1d_bwd_kernel(
             sums = sums + (zeros,)
         age = tl.zeros(part.shape, tl.int32)
 
-        for step in range(STEPS):
+        for step in tl.range(0, STEPS, num_stages=STAGES):
             rank = first + step * ROWS
             _places, inputs, numbers = _fetch(
                 x_ptr, stride_x, numbers_ptr, order_ptr, rank, end, length, channel, inside, ROWS
