@@ -16,6 +16,7 @@ from ssm_hf.layers.mixer import (
     StepProjection,
     all_plain,
     is_plain_step,
+    norm_and_in_proj,
     recorded_mask,
     replayed_window,
     reset_conv,
@@ -129,7 +130,7 @@ class Mamba1Mixer(Mixer):
         layer, state = self._layer(past_key_values, hidden)
         if layer is not None and is_plain_step(x, seq, layer) and all_plain(self.conv1d):
             return self.out_proj(self._step(hidden[:, 0], z[:, 0], layer)[:, None])
-        if layer is None and self._is_plain(proj.dtype):
+        if layer is None and self._can_mix(proj.dtype):
             return self._mix(proj, seq)
         conv_in = hidden
         keep = layer is not None
@@ -170,7 +171,15 @@ class Mamba1Mixer(Mixer):
             layer.write({"conv_state": conv_state, "ssm_state": ssm_state})
         return self.out_proj(y)
 
-    def _is_plain(self, dtype: torch.dtype) -> bool:
+    def residual_pass(
+        self, update: Tensor, stream: Tensor | None, norm: nn.Module, seq: SequenceInfo
+    ) -> tuple[Tensor, Tensor] | None:
+        """Two operators: norm and in_proj, and everything after it."""
+        can_mix = self._can_mix(linear_dtype(self.in_proj.weight))
+        projected = can_mix and norm_and_in_proj(update, stream, norm, self.in_proj)
+        return (self._mix(projected[0], seq), projected[1]) if projected else None
+
+    def _can_mix(self, dtype: torch.dtype) -> bool:
         """Whether nothing inside carries more than its weight, and all compute in `dtype`."""
         inside = (self.x_proj, self.dt_proj)
         return all_plain(self.conv1d, *inside) and all(

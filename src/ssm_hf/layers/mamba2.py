@@ -16,6 +16,7 @@ from ssm_hf.layers.mixer import (
     Mixer,
     all_plain,
     is_plain_step,
+    norm_and_in_proj,
     recorded_mask,
     replayed_window,
     reset_conv,
@@ -163,7 +164,7 @@ class Mamba2Mixer(Mixer):
         layer, state = self._layer(past_key_values, conv_in)
         if layer is not None and is_plain_step(x, seq, layer) and all_plain(self.conv1d, self.norm):
             return self.out_proj(self._step(proj[:, 0], layer, self.norm)[:, None])
-        if layer is None and self.mlp_size == 0 and all_plain(self.conv1d, self.norm):
+        if layer is None and self._can_mix():
             return self._mix(proj, seq)
         keep = layer is not None
         conv_out, conv_state = self.conv1d(conv_in, seq, state.get("conv_state"), keep)
@@ -206,6 +207,17 @@ class Mamba2Mixer(Mixer):
     def _skip(self) -> Tensor:
         """D by heads (H,) or by channels (H, P)."""
         return self.D if self.D.shape[0] == self.num_heads else self.D.view(self.num_heads, -1)
+
+    def residual_pass(
+        self, update: Tensor, stream: Tensor | None, norm: nn.Module, seq: SequenceInfo
+    ) -> tuple[Tensor, Tensor] | None:
+        """Two operators: norm and in_proj, and everything after it."""
+        projected = self._can_mix() and norm_and_in_proj(update, stream, norm, self.in_proj)
+        return (self._mix(projected[0], seq), projected[1]) if projected else None
+
+    def _can_mix(self) -> bool:
+        """Whether what lies between the projections is what `mamba2_mix` computes."""
+        return self.mlp_size == 0 and all_plain(self.conv1d, self.norm)
 
     def _mix(self, proj: Tensor, seq: SequenceInfo) -> Tensor:
         """Everything after in_proj, from no state to none, as one operator."""

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from ssm_hf.cache import RecurrentCache, RecurrentLayer, State
-from ssm_hf.layers.linear import Linear
+from ssm_hf.layers.linear import Linear, linear_dtype
 from ssm_hf.layers.norm import ResidualNorm, RMSNorm
 from ssm_hf.ops import causal_conv1d
 from ssm_hf.ops.causal_conv1d import causal_conv1d_step
 from ssm_hf.ops.dispatch import pick
+from ssm_hf.ops.norm_proj import norm_proj
 from ssm_hf.ops.packing import check_later, compute_dtype, host_may_read
 from ssm_hf.sequence import SequenceInfo
 
@@ -50,6 +51,16 @@ class Mixer(nn.Module):
         """x + self(norm(x)) of x = stream + update (B, 1, D) on top of a state, in few kernels.
 
         None where a fused path does not apply; `forward` then does the same.
+        """
+        return None
+
+    def residual_pass(
+        self, update: Tensor, stream: Tensor | None, norm: nn.Module, seq: SequenceInfo
+    ) -> tuple[Tensor, Tensor] | None:
+        """self(norm(x)) and x = stream + update, from no state to none, where one operator can do
+        norm and in_proj, and another the rest: these keep less for the backward pass.
+
+        None where they do not apply; `norm` and `forward` then do the same.
         """
         return None
 
@@ -122,6 +133,19 @@ def all_plain(*modules: nn.Module | None) -> bool:
     a quantised weight or a hook.
     """
     return all(m is None or (type(m) in _PLAIN and has_own_forward(m)) for m in modules)
+
+
+def norm_and_in_proj(
+    update: Tensor, stream: Tensor | None, norm: nn.Module, in_proj: nn.Linear
+) -> tuple[Tensor, Tensor] | None:
+    """in_proj(norm(x)) and x = stream + update as one operator; None where one of the two is more
+    than its weight."""
+    if type(norm) is not ResidualNorm or not all_plain(norm, in_proj):
+        return None
+    dtype = linear_dtype(in_proj.weight)
+    return norm_proj(
+        update, stream, norm.weight, in_proj.weight, in_proj.bias, eps=norm.eps, dtype=dtype
+    )
 
 
 def recorded_mask(seq: SequenceInfo, x: Tensor) -> Tensor:

@@ -67,6 +67,9 @@ def residual(
     stepped = _fused_step(update, stream, norm, sublayer, *args)
     if stepped is not None:
         return stepped, None
+    passed = _fused_pass(update, stream, norm, sublayer, *args)
+    if passed is not None:
+        return passed
     normed, stream = norm(update, stream)
     return sublayer(normed, *args), stream
 
@@ -85,6 +88,22 @@ def _fused_step(
     if not isinstance(sublayer, Mixer) or not has_own_forward(sublayer):
         return None
     return sublayer.residual_step(update, stream, norm, past_key_values)
+
+
+def _fused_pass(
+    update: Tensor,
+    stream: Tensor | None,
+    norm: nn.Module,
+    sublayer: nn.Module,
+    seq: SequenceInfo,
+    past_key_values: RecurrentCache | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """The whole of `residual` without a cache, where the sublayer can do it in fewer operators."""
+    if past_key_values is not None or not isinstance(sublayer, Mixer):
+        return None
+    if not has_own_forward(sublayer):
+        return None
+    return sublayer.residual_pass(update, stream, norm, seq)
 
 
 class SSMPreTrainedModel(PreTrainedModel):

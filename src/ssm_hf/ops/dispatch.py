@@ -24,6 +24,7 @@ OPERATORS = (
     "mamba1_mix",
     "mamba2_mix",
     "norm_linear",
+    "norm_proj",
     "rms_norm",
     "selective_scan",
     "ssd",
