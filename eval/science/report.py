@@ -16,14 +16,15 @@ Values = dict[str, Any]
 
 def write_report(results: Values, directory: Path) -> list[Path]:
     """Write science.json, report.md and one SVG for each experiment that has results."""
-    directory.mkdir(parents=True, exist_ok=True)
+    files = render(results, directory)
     data = directory / "science.json"
     data.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    return [data, *render(results, directory)]
+    return [data, *files]
 
 
 def render(results: Values, directory: Path) -> list[Path]:
     """Write report.md and the plots from the values of a science.json."""
+    directory.mkdir(parents=True, exist_ok=True)
     plots = {
         name: _plot(name, experiment, directory)
         for name, experiment in results["experiments"].items()
