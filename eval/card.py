@@ -18,7 +18,7 @@ from huggingface_hub import EvalResult, ModelCard
 
 from eval.blocks import Heading, Run, Table, Text, to_markdown
 from eval.report import REPORTS, read_results
-from eval.report_sections import header_rows
+from eval.report_header import header_rows
 
 CARDS = Path(__file__).parents[1] / "model_cards"
 TEMPLATE = CARDS / "template.md"

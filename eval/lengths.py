@@ -75,21 +75,30 @@ def window_ends(tokens: int, longest: int, places: int) -> list[int]:
 
 
 class _Documents:
-    """The tokens of all documents, and what is to be scored in them."""
+    """The tokens of the documents that are long enough for all that is measured.
+
+    `reachable` is the longest window or block that any document has tokens for. All points of a
+    curve come from the same documents, or it would show their differences.
+    """
 
     def __init__(self, loaded: LoadedModel, options: LengthOptions) -> None:
-        self.names: list[str] = []
-        self.ids: list[list[int]] = []
+        names: list[str] = []
+        texts: list[list[int]] = []
         for file in options.files:
             for document in read_documents(file):
-                self.names.append(f"{file}: {document.name}")
-                # The prefix stands at the start of a document and not of a window.
-                self.ids.append(loaded.encode(document.text)[len(loaded.prefix) :])
-
-    def ends(self, i: int, options: LengthOptions) -> list[int]:
-        """Return where the windows of document i end; of those that fit, all W share them."""
-        fitting = [window for window in options.windows if window <= len(self.ids[i])]
-        return window_ends(len(self.ids[i]), max(fitting), options.places) if fitting else []
+                names.append(f"{file}: {document.name}")
+                # The prefix stands at the start of a window and not of a document.
+                texts.append(loaded.encode(document.text)[len(loaded.prefix) :])
+        sizes = [*options.windows, *([options.block] if options.block else [])]
+        longest = max(map(len, texts))
+        self.reachable = max((size for size in sizes if size <= longest), default=0)
+        fitting = [
+            i for i, ids in enumerate(texts) if self.reachable and len(ids) >= self.reachable
+        ]
+        fitting = fitting[: options.documents]
+        self.names = [names[i] for i in fitting]
+        self.ids = [texts[i] for i in fitting]
+        self.longest = max((w for w in options.windows if w <= self.reachable), default=0)
 
 
 def run_length(loaded: LoadedModel, options: LengthOptions, store: SampleStore) -> dict[str, Any]:
@@ -101,22 +110,22 @@ def run_length(loaded: LoadedModel, options: LengthOptions, store: SampleStore) 
         store: of finished windows and blocks.
 
     Returns:
-        JSON values: `a` with one {"window", "perplexity", "nats", "stderr", "n", "reason"} per W,
-        `b` with one {"start", "end", ...} per range; "perplexity" and "nats" are null, and "reason"
-        says why, where the model or the documents could not do it. The standard error is that of
-        the mean over windows, or over documents.
+        JSON values: `a` with one {"window", "perplexity", "nats", "stderr", "n", "reason",
+        "change", "change_stderr"} per W, `b` with one {"start", "end", ...} per range;
+        "perplexity" and "nats" are null, and "reason" says why, where the model or the documents
+        could not do it. The standard error is that of the mean over windows, or over documents;
+        "change" is the mean difference in nats from the shortest W, window by window.
     """
     documents = _Documents(loaded, options)
     prefix = list(loaded.prefix)
     tasks: dict[str, tuple[list[int], int]] = {}
-    for window in sorted(options.windows):
+    for window in sorted(w for w in options.windows if w <= documents.longest):
         for i, ids in enumerate(documents.ids):
-            for end in documents.ends(i, options):
-                if window <= len(ids):
-                    part = prefix + ids[end - window + len(prefix) : end]
-                    tasks[f"a-{window}-{i}-{end}"] = (part, options.last)
-    for i, ids in enumerate(documents.ids):
-        if options.block and len(ids) >= options.block:
+            for end in window_ends(len(ids), documents.longest, options.places):
+                part = prefix + ids[end - window + len(prefix) : end]
+                tasks[f"a-{window}-{i}-{end}"] = (part, options.last)
+    if options.block and options.block <= documents.reachable:
+        for i, ids in enumerate(documents.ids):
             block = prefix + ids[: options.block]
             tasks[f"b-{options.block}-{i}"] = (block, len(block) - 1)
     failed: dict[str, tuple[int, str]] = {}
@@ -153,7 +162,7 @@ def run_length(loaded: LoadedModel, options: LengthOptions, store: SampleStore) 
             for name, ids in zip(documents.names, documents.ids, strict=True)
         ],
         "files": [{"file": file, "sha256": sha256(file)} for file in options.files],
-        "a": [_window_point(samples, window) for window in sorted(options.windows)],
+        "a": _window_points(samples, options),
         "b": _block_points(samples, options) if options.block else [],
     }
 
@@ -178,13 +187,22 @@ def _point(values: Sequence[float], reason: str) -> dict[str, Any]:
     }
 
 
-def _window_point(samples: dict[str, dict[str, Any]], window: int) -> dict[str, Any]:
-    mine = [s for id, s in samples.items() if id.startswith(f"a-{window}-")]
-    reasons = [s["failed"] for s in mine if "failed" in s]
-    # A mean over those windows alone that a model happened to finish would not be of the same text.
-    values = [] if reasons else [s["nats"][0] for s in mine]
-    reason = reasons[0] if reasons else "no document is that long"
-    return {"window": window, **_point(values, reason)}
+def _window_points(
+    samples: dict[str, dict[str, Any]], options: LengthOptions
+) -> list[dict[str, Any]]:
+    points = []
+    shortest: list[float] = []
+    for window in sorted(options.windows):
+        mine = [s for id, s in samples.items() if id.startswith(f"a-{window}-")]
+        reasons = [s["failed"] for s in mine if "failed" in s]
+        # A mean over those windows alone that a model happened to finish would be of other text.
+        values = [] if reasons else [s["nats"][0] for s in mine]
+        point = {"window": window, **_point(values, (reasons or ["no document is that long"])[0])}
+        shortest = shortest or values
+        # Window by window: the same tokens are scored at every length.
+        change = _point([b - a for a, b in zip(shortest, values, strict=False)], "")
+        points.append({**point, "change": change["nats"], "change_stderr": change["stderr"]})
+    return points
 
 
 def _block_points(

@@ -77,6 +77,8 @@ class LengthOptions:
 
     Args:
         files: long texts, see `PerplexityOptions.files`; every document counts on its own.
+        documents: only the first so many that are long enough; None takes all of them. Long enough
+            is as long as the longest window and the block that any document reaches.
         windows: context lengths W of definition A, in tokens.
         last: tokens scored at the end of each window.
         places: windows per document and W, at the same ends for every W.
@@ -88,6 +90,7 @@ class LengthOptions:
     """
 
     files: list[str]
+    documents: int | None = None
     windows: list[int] = field(
         default_factory=lambda: [1024, 2048, 4096, 8192, 16384, 32768, 65536]
     )
@@ -103,6 +106,7 @@ class LengthOptions:
             raise ValueError("length needs at least one of files, and windows or a block")
         require_positive(
             "length",
+            documents=self.documents,
             last=self.last,
             places=self.places,
             bucket=self.bucket,

@@ -74,7 +74,7 @@ def finish(
     axes.set_ylabel(y, color=INK, fontsize=9)
     if title:
         axes.set_title(title, fontsize=9.5, color=INK, loc="left", parse_math=False)
-    if log_x:
+    if log_x and any(len(drawn.get_xdata()) for drawn in axes.lines):
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: short_length(value))
     if training_length is not None:

@@ -20,14 +20,17 @@ from eval.blocks import (
     to_text,
     write_plots,
 )
+from eval.report_header import Glance, check_blocks, glance_blocks, header_blocks
 from eval.report_sections import (
-    check_blocks,
     efficiency_blocks,
-    header_blocks,
+    efficiency_glance,
     length_blocks,
+    length_glance,
     perplexity_blocks,
+    perplexity_glance,
     sample_blocks,
     zero_shot_blocks,
+    zero_shot_glance,
 )
 
 RESULTS_FILE = "results.json"
@@ -45,10 +48,18 @@ REPORTS: dict[str, Callable[[Sequence[Run]], list[Block]]] = {
     "generate": sample_blocks,
 }
 
+# What of them stands at the top.
+GLANCES: dict[str, Glance] = {
+    "perplexity": perplexity_glance,
+    "length": length_glance,
+    "lm_eval": zero_shot_glance,
+    "efficiency": efficiency_glance,
+}
+
 
 def report_blocks(runs: Sequence[Run]) -> list[Block]:
     """Return the whole report of one run, or of several side by side."""
-    blocks = [*header_blocks(runs), *check_blocks(runs)]
+    blocks = [*header_blocks(runs), *glance_blocks(runs, GLANCES), *check_blocks(runs)]
     for name, show in REPORTS.items():
         having = [run for run in runs if name in run.results]
         if having:
@@ -59,7 +70,7 @@ def report_blocks(runs: Sequence[Run]) -> list[Block]:
 def title(runs: Sequence[Run]) -> str:
     """Return the headline of a report."""
     if len(runs) == 1:
-        return f"Evaluation of {runs[0].results['header']['model']['name']}"
+        return f"Evaluation of {short_name(runs[0].results['header']['model']['name'])}"
     return "Evaluation: " + ", ".join(run.name for run in runs)
 
 
@@ -128,12 +139,17 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     return [Run(name, data) for name, data in zip(names, results, strict=True)]
 
 
+def short_name(model: str) -> str:
+    """Shorten a model's path: `runs/demo/final` -> `demo`; a Hub name stays as it is."""
+    parts = Path(model).parts
+    if Path(model).is_absolute() or len(parts) > 2 or parts[-1] == "final":
+        return parts[-2] if parts[-1] == "final" and len(parts) > 1 else parts[-1]
+    return model
+
+
 def run_names(models: Sequence[str]) -> list[str]:
-    """Shorten model paths to the part that tells them apart: `runs/a/final` -> `a`."""
-    parts = [list(Path(model).parts) for model in models]
-    while all(len(p) > 1 for p in parts) and len({p[-1] for p in parts}) == 1:
-        parts = [p[:-1] for p in parts]
-    names = [p[-1] for p in parts]
+    """Name runs by what tells their models apart, with a number in front where nothing does."""
+    names = [short_name(model) for model in models]
     if len(set(names)) < len(names):
         names = [f"{i + 1}: {model}" for i, model in enumerate(models)]
     return names

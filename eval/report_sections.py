@@ -6,112 +6,55 @@ in results.json; what is shown beside them (n, intervals) is said in the caption
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from eval.blocks import Block, Cell, Heading, Plot, Run, Table, Text, Verbatim
+from eval.blocks import Block, Cell, Heading, Plot, Results, Run, Table, Text, Verbatim
 from eval.plots import finish, line, new_figure, short_length
+from eval.report_header import beside, number
+
+# --- at a glance ------------------------------------------------------------------------------
 
 
-def number(value: float | None, spec: str) -> str:
-    """Format a value; a dash stands for one that is not known."""
-    return "–" if value is None else format(value, spec)
-
-
-def beside(name: str, runs: Sequence[Run]) -> list[str]:
-    """Return column names: `name` for a single run, the runs' names for several."""
-    return [name] if len(runs) == 1 else [run.name for run in runs]
-
-
-# --- header and checks ------------------------------------------------------------------------
-
-
-def header_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return what is known about model and run as (name, value) rows."""
-    header = results["header"]
-    model = header["model"]
-    attention = model["attention_layers"]
-    state = f"{model['state_bytes']:,} bytes per sequence"
-    if model["state_bytes_per_token"]:
-        state += f" + {model['state_bytes_per_token']:,} bytes per token"
-    length = header["training_length"]
-    rows = [
-        ("model", model["name"]),
-        ("weights", model["weights"]),
-        (
-            "architecture",
-            f"{model['architecture']} ({model['model_type']}), {model['layers']} layers"
-            + (f" of which {attention} attention" if attention else "")
-            + f", width {model['hidden_size']}, vocabulary {model['vocabulary']:,}",
-        ),
-        ("parameters", f"{model['parameters']:,} in {model['dtype']}"),
-        ("state", f"{state}, as measured on the cache"),
-        ("training length", "not known" if length is None else f"{length:,} tokens"),
-        ("tokenizer", model["tokenizer"]),
-        ("document prefix", model["prefix"] or "none: the first token is not scored"),
-        ("suite", header["suite_file"]),
-        ("seed", str(header["seed"])),
-        ("device", header["device"]),
-        ("processes", str(header["processes"])),
-        ("versions", ", ".join(f"{k} {v}" for k, v in header["versions"].items())),
-        ("command", f"`{header['command']}`"),
-        ("date", header["date"]),
-        ("time", ", ".join(f"{k} {v:.1f} s" for k, v in header["seconds"].items())),
-        ("identity", model["identity"]),
-    ]
-    training = header["training"]
-    if training:
-        at = [f"{training['tokens']:,} tokens in {training['steps']:,} steps"]
-        if training["train_loss"] is not None and training["heldout_loss"] is not None:
-            gap = training["heldout_loss"] - training["train_loss"]
-            at.append(
-                f"loss {training['train_loss']:.4f}, held-out {training['heldout_loss']:.4f} "
-                f"(gap {gap:+.4f} nats per token)"
-            )
-        rows.insert(6, ("training", "; ".join(at) + f"; `{training['config']}`"))
-    if "lm_eval" in results:
-        section = results["lm_eval"]
-        limit = section["max_length"]
-        rows += [
-            ("zero-shot max_length", "unlimited" if limit is None else f"{limit:,} tokens"),
-            ("zero-shot bos", section["bos"]),
-            ("zero-shot batch", f"{section['batch_size']} requests, padded on the right, no mask"),
-        ]
-    return rows
-
-
-def header_blocks(runs: Sequence[Run]) -> list[Block]:
-    """Show the facts that matter at once, and all settings folded."""
-    tables = [dict(header_rows(run.results)) for run in runs]
-    names = list(dict.fromkeys(name for table in tables for name in table))
-    columns = ["", ""] if len(runs) == 1 else ["", *(run.name for run in runs)]
-    first = ("model", "architecture", "parameters", "state", "training length", "training")
-    short = [name for name in (*first, "device", "date") if name in names]
-
-    def rows(chosen: Sequence[str]) -> list[list[str]]:
-        return [[name, *(table.get(name, "–") for table in tables)] for name in chosen]
-
+def perplexity_glance(results: Results) -> list[tuple[str, str]]:
     return [
-        Table(columns, rows(short)),
-        Table(columns, rows(names), "Every setting, version and hash of the run", detail=True),
+        (
+            f"bits per byte, {Path(f['file']).name}",
+            f"{f['bits_per_byte']:.4f} (n = {f['tokens']:,} tokens)",
+        )
+        for f in results["perplexity"]["files"]
     ]
 
 
-def check_blocks(runs: Sequence[Run]) -> list[Block]:
-    """Show the checks that a suite asked for."""
-    rows = [
-        [
-            *([] if len(runs) == 1 else [run.name]),
-            check["name"],
-            Cell("passed", 1.0) if check["passed"] else Cell("FAILED", 0.0),
-            check["detail"],
-        ]
-        for run in runs
-        for check in run.results["checks"]
+def length_glance(results: Results) -> list[tuple[str, str]]:
+    known = [p for p in results["length"]["a"] if p["perplexity"] is not None]
+    return [
+        (f"perplexity with {p['window']:,} tokens of context", _interval(p))
+        for p in ([known[0], known[-1]] if len(known) > 1 else known)
     ]
-    if not rows:
-        return []
-    columns = ["check", "result", "measured"]
-    return [Heading("Checks"), Table(columns if len(runs) == 1 else ["run", *columns], rows)]
+
+
+def zero_shot_glance(results: Results) -> list[tuple[str, str]]:
+    section = results["lm_eval"]
+    means = [(f"zero-shot average ({k})", f"{100 * v:.1f}") for k, v in section["averages"].items()]
+    if means:
+        return means
+    return [
+        (f"{name}, {metric}", f"{_score_text(task['metrics'][metric])} (n = {task['n']:,})")
+        for name, task in section["tasks"].items()
+        for metric in task["reported"]
+    ]
+
+
+def efficiency_glance(results: Results) -> list[tuple[str, str]]:
+    section = results["efficiency"]
+    batch = max(section["batch_sizes"])
+    rows = []
+    for point in section["lengths"]:
+        speed = point["decode"][str(batch)].get("tokens_per_s")
+        value = "not possible" if speed is None else f"{speed:,.0f} tokens/s"
+        rows.append((f"decoding, batch {batch}, after {point['length']:,} tokens", value))
+    return [rows[0], rows[-1]] if len(rows) > 1 else rows
 
 
 # --- held-out text ----------------------------------------------------------------------------
@@ -185,6 +128,7 @@ def _file_blocks(runs: Sequence[Run], file: str) -> list[Block]:
             [
                 "this model" if len(runs) == 1 else run.name,
                 f"{score['bits_per_byte']:.4f}",
+                "",
                 f"{score['nats_per_token']:.4f}",
                 number(score["token_perplexity"], ".3f"),
                 number(score["word_perplexity"], ".4g"),
@@ -194,9 +138,12 @@ def _file_blocks(runs: Sequence[Run], file: str) -> list[Block]:
         baselines |= _baselines(run, file)
     best = min(float(row[1]) for row in rows)
     for order, bits in baselines.items():
-        saving = f"{100 * (best / bits - 1):+.1f} %"
-        rows.append([f"byte n-gram, order {order}", f"{bits:.4f}", "–", "–", "–", f"best {saving}"])
-    columns = ("", "bits/byte", "nats/token", "token ppl", "word ppl", "n tokens")
+        more = f"{100 * (bits / best - 1):+.1f} %"
+        rows.append([f"byte n-gram, order {order}", f"{bits:.4f}", more, "–", "–", "–", "–"])
+    beside_best = "against the model" if len(runs) == 1 else "against the best"
+    columns = ("", "bits/byte", beside_best, "nats/token", "token ppl", "word ppl", "n tokens")
+    if not baselines:
+        columns, rows = columns[:2] + columns[3:], [row[:2] + row[3:] for row in rows]
     return [Table(columns, rows, f"`{file}`: {size}. Lower is better.")]
 
 
@@ -276,26 +223,31 @@ def length_blocks(runs: Sequence[Run]) -> list[Block]:
     for window in windows:
         cells = [_length_cell(run.results["length"]["a"], "window", window) for run in runs]
         rows.append([f"{window:,}", *cells])
-    if rows:
-        caption = "Definition A. Perplexity of the last tokens, 95 % interval, number of windows."
-        blocks.append(Table(["W", *beside("perplexity", runs)], rows, caption))
-    figure, panels = new_figure(7.2, 3.4, columns=2)
-    for i, run in enumerate(runs):
-        for axes, part, x in ((panels[0], "a", "window"), (panels[1], "b", "end")):
-            points = [p for p in run.results["length"][part] if p["perplexity"] is not None]
-            low = [math.exp(p["nats"] - 1.96 * p["stderr"]) for p in points]
-            high = [math.exp(p["nats"] + 1.96 * p["stderr"]) for p in points]
-            values = [p["perplexity"] for p in points]
-            line(axes, i, run.name, [p[x] for p in points], values, low, high)
-    mark = _shared_length(runs)
-    finish(panels[0], "context length W", "perplexity", log_x=True, title="A", training_length=mark)
-    finish(panels[1], "position", "perplexity", log_x=True, title="B", training_length=mark)
-    for axes in panels:
-        if max((v for drawn in axes.lines for v in _finite(drawn.get_ydata())), default=0) > 200:
-            axes.set_yscale("log")
-    blocks.append(
-        Plot("length", figure, "Perplexity against length, with 95 % intervals. Lower is better.")
+    caption = (
+        "Definition A: perplexity of the last tokens [95 % interval], n windows. The same tokens "
+        "are scored at every W, so changes along a column are much surer than its intervals."
     )
+    columns = ["W", *beside("perplexity", runs)]
+    if len(runs) == 1 and rows:
+        caption += (
+            f" The change is in nats per token from W = {windows[0]:,}, ± one standard error."
+        )
+        columns.append("change")
+        for row, point in zip(rows, section["a"], strict=True):
+            change = point["change"]
+            row.append("–" if change is None else f"{change:+.4f} ± {point['change_stderr']:.4f}")
+    if rows:
+        blocks.append(Table(columns, rows, caption))
+    if plot := _length_plot(runs):
+        blocks.append(plot)
+    starts = dict.fromkeys(p["start"] for run in runs for p in run.results["length"]["b"])
+    rows = [
+        [f"{start:,}", *(_length_cell(run.results["length"]["b"], "start", start) for run in runs)]
+        for start in starts
+    ]
+    if rows:
+        columns = ["from position", *beside("perplexity", runs)]
+        blocks.append(Table(columns, rows, "Definition B, every range", detail=True))
     failed = [
         [run.name, part.upper(), f"{p['window' if part == 'a' else 'start']:,}", p["reason"]]
         for run in runs
@@ -308,6 +260,33 @@ def length_blocks(runs: Sequence[Run]) -> list[Block]:
     return blocks
 
 
+def _length_plot(runs: Sequence[Run]) -> Plot | None:
+    parts = [
+        part
+        for part in ("a", "b")
+        if any(p["perplexity"] for run in runs for p in run.results["length"][part])
+    ]
+    if not parts:
+        return None
+    figure, panels = new_figure(7.2, 3.4, columns=len(parts))
+    labels = {"a": ("window", "context length W"), "b": ("end", "position")}
+    for axes, part in zip(panels, parts, strict=True):
+        key, label = labels[part]
+        for i, run in enumerate(runs):
+            points = [p for p in run.results["length"][part] if p["perplexity"] is not None]
+            low = [math.exp(p["nats"] - 1.96 * p["stderr"]) for p in points]
+            high = [math.exp(p["nats"] + 1.96 * p["stderr"]) for p in points]
+            values = [p["perplexity"] for p in points]
+            line(axes, i, run.name, [p[key] for p in points], values, low, high)
+        mark = _shared_length(runs)
+        name = f"definition {part.upper()}"
+        finish(axes, label, "perplexity", log_x=True, title=name, training_length=mark)
+        if max(v for drawn in axes.lines for v in _finite(drawn.get_ydata())) > 200:
+            axes.set_yscale("log")
+    caption = "Perplexity against length, with 95 % intervals. Lower is better."
+    return Plot("length", figure, caption)
+
+
 def _finite(values: Any) -> list[float]:
     return [float(v) for v in values if isinstance(v, (int, float)) and math.isfinite(v)]
 
@@ -318,6 +297,10 @@ def _length_cell(points: Sequence[dict[str, Any]], key: str, value: int) -> str 
         return ""
     if point["perplexity"] is None:
         return Cell("not measured", note=point["reason"])
+    return _interval(point)
+
+
+def _interval(point: dict[str, Any]) -> str:
     low, high = (math.exp(point["nats"] + sign * 1.96 * point["stderr"]) for sign in (-1, 1))
     return f"{point['perplexity']:.2f} [{low:.2f}, {high:.2f}] n={point['n']}"
 
@@ -498,7 +481,7 @@ def _efficiency_plot(runs: Sequence[Run]) -> Plot:
     finish(panels[0], "prompt tokens", "tokens per second", log_x=True, title="prefill, batch 1")
     finish(panels[1], "tokens in the cache", "", log_x=True, title=f"decoding, batch {batch}")
     for axes in panels:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
     ticks = ", ".join(short_length(p["length"]) for p in runs[0].results["efficiency"]["lengths"])
     return Plot("efficiency", figure, f"Tokens per second at {ticks} tokens; higher is better.")
 

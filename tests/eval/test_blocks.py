@@ -109,7 +109,7 @@ def test_plots_are_the_same_each_time() -> None:
 
 def test_runs_are_named_by_what_tells_them_apart(tmp_path) -> None:
     assert run_names(["runs/a/final", "runs/b/final"]) == ["a", "b"]
-    assert run_names(["org/one", "other/two"]) == ["one", "two"]
+    assert run_names(["org/one", "/x/y/two", "a/b/c"]) == ["org/one", "two", "c"]
     assert run_names(["a/final", "a/final"]) == ["1: a/final", "2: a/final"]
     with pytest.raises(FileNotFoundError, match=r"none\.json does not exist"):
         read_runs([tmp_path / "none.json"])

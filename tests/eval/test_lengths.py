@@ -67,6 +67,10 @@ def test_both_definitions_are_what_they_say(loaded: LoadedModel, tmp_path: Path)
         assert point["stderr"] == pytest.approx(np.std(means, ddof=1) / math.sqrt(3), abs=1e-4)
         assert point["perplexity"] == pytest.approx(math.exp(point["nats"]))
         assert point["n"] == 3
+    assert result["a"][0]["change"] == result["a"][0]["change_stderr"] == 0
+    change = result["a"][1]["nats"] - result["a"][0]["nats"]
+    assert result["a"][1]["change"] == pytest.approx(change, abs=1e-6)
+    assert result["a"][2]["change"] is None
     assert result["a"][2]["perplexity"] is None
     assert result["a"][2]["reason"] == "no document is that long"
     losses = _direct(loaded, start + ids[:64], 64)
