@@ -11,8 +11,9 @@ from ssm_hf.ops.ssd import launch
 from tests.helpers import kernel_device, relative_error
 
 DEVICE = kernel_device()
-# fp32 rounding; the gradients of A and dt_bias are sums over all tokens of terms of both signs.
-SINGLE, SUMS = 2e-6, 5e-5
+# fp32 rounding; the gradients of A and dt_bias are sums over all tokens of terms of both signs, of
+# which up to 3 digits cancel here (torch's path in fp32 errs by as much as 9e-4).
+SINGLE, SUMS = 2e-6, 1e-4
 slow = pytest.mark.slow
 
 

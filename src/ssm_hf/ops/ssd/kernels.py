@@ -464,7 +464,10 @@ def ssd_fwd_kernel(
         C = load_tile(C_base + t * C_st, C_st, i, n, in_row, RAGGED, CUT_N, STATES)
         B, C = B.to(dot_type), C.to(dot_type)
         at = decay_ptr + (v * heads + head) * (4 * Q)
-        a, b, delta = load_decay(at, Q)
+        if WIDE:
+            a, b, delta = load_decay(at, Q)
+        else:
+            a, b = tl.split(tl.load(at + 4 * i[:, None] + tl.arange(0, 2)[None, :]))
 
         # Token s reaches t with exp2(a_t - a_s) Δ_s, t with D besides.
         scores = tl.dot(C, tl.trans(B), input_precision=PRECISION)

@@ -8,19 +8,20 @@ from ssm_hf.ops.ssd.kernels import gated, load_decay, load_tile, place_of_chunk,
 
 @triton.jit
 def from_tokens(
-    x_ptr, C, B, D_ptr, z_ptr, ungated_ptr, dy_ptr, decay_ptr, dstates_ptr,
+    x_ptr, C_base, B, D_ptr, z_ptr, ungated_ptr, dy_ptr, decay_ptr, dstates_ptr,
     dx_ptr, dz_ptr, dB_ptr, dC_ptr, grad_ptr, dD_ptr,
     batch, token, end, in_row, is_real, v, group, block, head_0,
-    x_sb, x_st, x_sh, z_sb, z_st, z_sh, dy_sb, dy_st, dy_sh, dx_sb, dx_st, dz_sb, dz_st,
+    x_sb, x_st, x_sh, C_st, z_sb, z_st, z_sh, dy_sb, dy_st, dy_sh, dx_sb, dx_st, dz_sb, dz_st,
     length, heads, groups, plane, part,
     STATES: tl.constexpr, HEAD_DIM: tl.constexpr, RAGGED: tl.constexpr, MASKED: tl.constexpr,
     D_PER_CHANNEL: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK_P: tl.constexpr, P_BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
+    HEADS: tl.constexpr, STRIDE: tl.constexpr, BLOCK_P: tl.constexpr, P_BLOCKS: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """What goes from token to token and into the state that leaves; see `ssd_bwd_kernel`.
+    """What goes from token to token, and dx; see `ssd_bwd_kernel`.
 
-    Tiles of pairs of tokens are [s, t], s <= t: then their products need no transposed copies.
+    Tiles of pairs of tokens are [s, t], s < t: then their products need no transposed copies. The
+    state that leaves comes first: after it, x and dy need not stay in registers.
     """
     dot_type: tl.constexpr = tl.float32 if WIDE else x_ptr.dtype.element_ty
     CUT_P: tl.constexpr = HEAD_DIM % BLOCK_P != 0
@@ -29,56 +30,70 @@ def from_tokens(
     n = tl.arange(0, BLOCK_N)
     size = HEAD_DIM * STATES
     y_st = heads * HEAD_DIM
+    C = load_tile(C_base, C_st, i, n, in_row, RAGGED, CUT_N, STATES).to(dot_type)
     BC = tl.dot(B, tl.trans(C), input_precision=PRECISION)
+    # A token's effect on itself has no decay: it is kept apart, in vectors, from that on others.
+    BC_self = tl.sum(tl.where(i[:, None] == i[None, :], BC, 0.0), axis=1)
     W_sum = tl.zeros((Q, Q), dtype=tl.float32)
-    dB = tl.zeros((Q, BLOCK_N), dtype=tl.float32)
+    W_self = tl.zeros((Q,), dtype=tl.float32)
     for step in tl.range(0, HEADS, num_stages=STAGES):
-        head = head_0 + step
+        head = head_0 + step * STRIDE
         at = decay_ptr + (v * heads + head) * (4 * Q)
         a, b, delta = load_decay(at, Q)
         a_end = tl.load(at + 4 * Q - 4)
-        W = tl.zeros((Q, Q), dtype=tl.float32)
-        for p_block in tl.static_range(P_BLOCKS):
-            p = p_block * BLOCK_P + tl.arange(0, BLOCK_P)
-            at_x = x_ptr + batch * x_sb + head * x_sh + token * x_st
-            x = load_tile(at_x, x_st, i, p, in_row, RAGGED, CUT_P, HEAD_DIM)
-            at_dy = dy_ptr + batch * dy_sb + head * dy_sh + token * dy_st
-            dy = load_tile(at_dy, dy_st, i, p, is_real, MASKED, CUT_P, HEAD_DIM)
-            if z_ptr is not None:
-                at_z = z_ptr + batch * z_sb + head * z_sh + token * z_st
-                z = load_tile(at_z, z_st, i, p, in_row, RAGGED, CUT_P, HEAD_DIM).to(tl.float32)
-                dy = gated(dy.to(tl.float32), z)
-            W = tl.dot(x.to(dot_type), tl.trans(dy.to(dot_type)), W, input_precision=PRECISION)
-
-        diagonal = i[:, None] == i[None, :]
-        if D_ptr is not None and not D_PER_CHANNEL:
-            dD = tl.sum(tl.where(diagonal, W, 0.0), axis=1)
-            tl.store(dD_ptr + (v * heads + head) * Q + i, dD)
         if WIDE:
             exponent = (a[None, :] - a[:, None]) + (b[None, :] - b[:, None])
             to_exit = tl.exp2((a_end - a) + (tl.load(at + 4 * Q - 3) - b))
         else:
             exponent = a[None, :] - a[:, None]
             to_exit = tl.exp2(a_end - a)
-        M = tl.exp2(tl.where(i[:, None] <= i[None, :], exponent, float("-inf")))
-        # dx_s = sum of scores[s, t] dy_t + what comes from the state that leaves
-        scores = BC * M * delta[:, None]
-        W *= M
-        dscale = tl.sum(W * BC, axis=1)
-        W *= delta[:, None]
-        W_sum += W
-        # A token's effect on itself has no decay; with it, much would cancel in da.
-        pairs = tl.where(diagonal, 0.0, W * BC)
-        da = tl.sum(pairs, axis=0) - tl.sum(pairs, axis=1)
+        on_self = delta * BC_self
         if D_ptr is not None and not D_PER_CHANNEL:
-            scores += tl.where(diagonal, tl.load(D_ptr + head).to(tl.float32), 0.0)
-        scores = scores.to(dot_type)
-
+            on_self += tl.load(D_ptr + head).to(tl.float32)
+        at_x = x_ptr + batch * x_sb + head * x_sh + token * x_st
+        at_dy = dy_ptr + batch * dy_sb + head * dy_sh + token * dy_st
+        at_dS = dstates_ptr + (v * heads + head) * size
+        W = tl.zeros((Q, Q), dtype=tl.float32)
+        xdy = tl.zeros((Q,), dtype=tl.float32)
         left = tl.zeros((Q,), dtype=tl.float32)
+        for p_block in tl.static_range(P_BLOCKS):
+            p = p_block * BLOCK_P + tl.arange(0, BLOCK_P)
+            x = load_tile(at_x, x_st, i, p, in_row, RAGGED, CUT_P, HEAD_DIM)
+            dy = load_tile(at_dy, dy_st, i, p, is_real, MASKED, CUT_P, HEAD_DIM)
+            if z_ptr is not None:
+                at_z = z_ptr + batch * z_sb + head * z_sh + token * z_st
+                z = load_tile(at_z, z_st, i, p, in_row, RAGGED, CUT_P, HEAD_DIM)
+                dy = gated(dy.to(tl.float32), z.to(tl.float32))
+            x_wide, dy_wide = x.to(tl.float32), dy.to(tl.float32)
+            # Empty chunks (VARLEN) have no states; RAGGED covers them.
+            rows = p < tl.where(token < end, HEAD_DIM, 0)
+            dS = load_tile(at_dS, STATES, p, n, rows, RAGGED or CUT_P, CUT_N, STATES)
+            BdS = tl.dot(B, tl.trans(dS.to(dot_type)), input_precision=PRECISION)
+            BdS *= to_exit[:, None]
+            left += tl.sum(x_wide * BdS, axis=1)
+            xdy += tl.sum(x_wide * dy_wide, axis=1)
+            dx = BdS * delta[:, None] + dy_wide * on_self[:, None]
+            W = tl.dot(x.to(dot_type), tl.trans(dy.to(dot_type)), W, input_precision=PRECISION)
+
+        # dx_s = sum of scores[s, t] dy_t + what comes from the state that leaves
+        M = tl.exp2(tl.where(i[:, None] < i[None, :], exponent, float("-inf")))
+        scores = BC * M
+        pairs = W * scores
+        dscale = tl.sum(pairs, axis=1)
+        if WIDE:
+            # The same numbers with both signs: over a chunk, what they have in common cancels.
+            pairs *= delta[:, None]
+            da = tl.sum(pairs, axis=0) - tl.sum(pairs, axis=1)
+        else:
+            da = tl.sum(pairs * delta[:, None], axis=0) - delta * dscale
+        W_sum += W * M * delta[:, None]
+        W_self += delta * xdy
+        scores = (scores * delta[:, None]).to(dot_type)
         for p_block in tl.static_range(P_BLOCKS):
             p = p_block * BLOCK_P + tl.arange(0, BLOCK_P)
             if P_BLOCKS > 1:
                 x = load_tile(at_x, x_st, i, p, in_row, RAGGED, CUT_P, HEAD_DIM)
+                x_wide = x.to(tl.float32)
             if P_BLOCKS > 1 or z_ptr is not None:
                 dy = load_tile(at_dy, dy_st, i, p, is_real, MASKED, CUT_P, HEAD_DIM)
             if z_ptr is not None:
@@ -92,37 +107,35 @@ def from_tokens(
                 at_dz = dz_ptr + batch * dz_sb + token * dz_st + head * HEAD_DIM
                 store_tile(at_dz, dz_st, i, p, in_row, dz, RAGGED, CUT_P, HEAD_DIM)
                 dy = gated(dy.to(tl.float32), z)
-            # Empty chunks (VARLEN) have no states; RAGGED covers them.
-            rows = p < tl.where(token < end, HEAD_DIM, 0)
-            at_dS = dstates_ptr + (v * heads + head) * size
-            dS = load_tile(at_dS, STATES, p, n, rows, RAGGED or CUT_P, CUT_N, STATES)
-            dS = dS.to(dot_type)
-            BdS = tl.dot(B, tl.trans(dS), input_precision=PRECISION) * to_exit[:, None]
-            x_wide = x.to(tl.float32)
-            left += tl.sum(x_wide * BdS, axis=1)
-            leaving = (x_wide * (delta * to_exit)[:, None]).to(dot_type)
-            dB = tl.dot(leaving, dS, dB, input_precision=PRECISION)
-            dx = tl.dot(scores, dy.to(dot_type), BdS * delta[:, None], input_precision=PRECISION)
+            if P_BLOCKS > 1:
+                rows = p < tl.where(token < end, HEAD_DIM, 0)
+                dS = load_tile(at_dS, STATES, p, n, rows, RAGGED or CUT_P, CUT_N, STATES)
+                BdS = tl.dot(B, tl.trans(dS.to(dot_type)), input_precision=PRECISION)
+                dy_wide = dy.to(tl.float32)
+                dx = BdS * (to_exit * delta)[:, None] + dy_wide * on_self[:, None]
+            dx = tl.dot(scores, dy.to(dot_type), dx, input_precision=PRECISION)
             if D_ptr is not None and D_PER_CHANNEL:
                 D = tl.load(D_ptr + head * HEAD_DIM + p, mask=p < HEAD_DIM, other=0.0)
-                dy_wide = dy.to(tl.float32)
                 dx += dy_wide * D.to(tl.float32)[None, :]
                 at_D = dD_ptr + (v * heads + head) * HEAD_DIM + p
                 tl.store(at_D, tl.sum(dy_wide * x_wide, axis=0), mask=p < HEAD_DIM)
             at_dx = dx_ptr + batch * dx_sb + token * dx_st + head * HEAD_DIM
             store_tile(at_dx, dx_st, i, p, in_row, dx, RAGGED, CUT_P, HEAD_DIM)
+        if D_ptr is not None and not D_PER_CHANNEL:
+            tl.store(dD_ptr + (v * heads + head) * Q + i, xdy)
         at_grad = grad_ptr + (v * heads + head) * Q + i
         tl.store(at_grad, da)
         tl.store(at_grad + 2 * plane, left * delta)
-        tl.store(at_grad + 3 * plane, dscale + left)
+        tl.store(at_grad + 3 * plane, dscale + xdy * BC_self + left)
 
-    W = W_sum.to(dot_type)
-    dB = tl.dot(W, C, dB, input_precision=PRECISION)
+    W = (W_sum + tl.where(i[:, None] == i[None, :], W_self[:, None], 0.0)).to(dot_type)
+    C = load_tile(C_base, C_st, i, n, in_row, RAGGED, CUT_N, STATES).to(dot_type)
+    dB = tl.dot(W, C, input_precision=PRECISION)
     dC = tl.dot(tl.trans(W), B, input_precision=PRECISION)
     at_BC = block * part + ((batch * length + token) * groups + group) * STATES
     BC_st = groups * STATES
     store_tile(dB_ptr + at_BC, BC_st, i, n, in_row, dB, RAGGED, CUT_N, STATES)
-    store_tile(dC_ptr + at_BC + block * part, BC_st, i, n, in_row, dC, RAGGED, CUT_N, STATES)
+    store_tile(dC_ptr + at_BC, BC_st, i, n, in_row, dC, RAGGED, CUT_N, STATES)
 
 
 @triton.jit
@@ -134,7 +147,7 @@ def from_states(
     WIDE: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr, HEADS: tl.constexpr,
     BLOCK_P: tl.constexpr, P_BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """What comes from the state that enters; see `ssd_bwd_kernel`."""
+    """dC of the state that enters, and what decays of it; see `ssd_bwd_kernel`."""
     dot_type: tl.constexpr = tl.float32 if WIDE else dy_ptr.dtype.element_ty
     CUT_P: tl.constexpr = HEAD_DIM % BLOCK_P != 0
     CUT_N: tl.constexpr = STATES != BLOCK_N
@@ -168,19 +181,55 @@ def from_states(
             at_S = (v * heads + head) * size
             S = load_tile(states_ptr + at_S, STATES, p, n, rows, RAGGED or CUT_P, CUT_N, STATES)
             dS = load_tile(dstates_ptr + at_S, STATES, p, n, rows, RAGGED or CUT_P, CUT_N, STATES)
-            S, dS = S.to(dot_type), dS.to(dot_type)
-            dyS = tl.dot(dy.to(dot_type), S, input_precision=PRECISION) * from_entry[:, None]
+            dyS = (
+                tl.dot(dy.to(dot_type), S.to(dot_type), input_precision=PRECISION)
+                * from_entry[:, None]
+            )
             dC += dyS
             da += tl.sum(C.to(tl.float32) * dyS, axis=1)
-            # <S, dS> as a product, so that both are nothing but operands of products: these are
-            # copied to shared memory ahead of their use.
-            product = tl.dot(S, tl.trans(dS), input_precision=PRECISION)
-            product = tl.where(q[:, None] == q[None, :], product, 0.0)
-            kept += tl.sum(tl.sum(product, axis=1), axis=0)
+            kept += tl.sum(tl.sum(S.to(tl.float32) * dS.to(tl.float32), axis=1), axis=0)
         da += tl.where(i == Q - 1, whole * kept, 0.0)
         tl.store(grad_ptr + plane + (v * heads + head) * Q + i, da)
-    at_C = (2 * block + 1) * part + ((batch * length + token) * groups + group) * STATES
+    at_C = block * part + ((batch * length + token) * groups + group) * STATES
     store_tile(dC_ptr + at_C, groups * STATES, i, n, in_row, dC, RAGGED, CUT_N, STATES)
+
+
+@triton.jit
+def from_exit(
+    x_ptr, decay_ptr, dstates_ptr, dB_ptr, batch, token, end, in_row, v, group, block, head_0,
+    x_sb, x_st, x_sh, length, heads, groups, part,
+    STATES: tl.constexpr, HEAD_DIM: tl.constexpr, RAGGED: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, Q: tl.constexpr, HEADS: tl.constexpr, BLOCK_P: tl.constexpr,
+    P_BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dB of what tokens leave in the state that leaves; see `ssd_bwd_kernel`."""
+    dot_type: tl.constexpr = tl.float32 if WIDE else x_ptr.dtype.element_ty
+    CUT_P: tl.constexpr = HEAD_DIM % BLOCK_P != 0
+    CUT_N: tl.constexpr = STATES != BLOCK_N
+    i = tl.arange(0, Q)
+    n = tl.arange(0, BLOCK_N)
+    size = HEAD_DIM * STATES
+    dB = tl.zeros((Q, BLOCK_N), dtype=tl.float32)
+    for step in tl.range(0, HEADS, num_stages=STAGES):
+        head = head_0 + step
+        at = decay_ptr + (v * heads + head) * (4 * Q)
+        a, b, delta = load_decay(at, Q)
+        a_end = tl.load(at + 4 * Q - 4)
+        if WIDE:
+            to_exit = delta * tl.exp2((a_end - a) + (tl.load(at + 4 * Q - 3) - b))
+        else:
+            to_exit = tl.exp2(a_end - b)
+        for p_block in tl.static_range(P_BLOCKS):
+            p = p_block * BLOCK_P + tl.arange(0, BLOCK_P)
+            at_x = x_ptr + batch * x_sb + head * x_sh + token * x_st
+            x = load_tile(at_x, x_st, i, p, in_row, RAGGED, CUT_P, HEAD_DIM)
+            rows = p < tl.where(token < end, HEAD_DIM, 0)
+            at_dS = dstates_ptr + (v * heads + head) * size
+            dS = load_tile(at_dS, STATES, p, n, rows, RAGGED or CUT_P, CUT_N, STATES)
+            xdS = tl.dot(x.to(dot_type), dS.to(dot_type), input_precision=PRECISION)
+            dB += xdS * to_exit[:, None]
+    at_B = block * part + ((batch * length + token) * groups + group) * STATES
+    store_tile(dB_ptr + at_B, groups * STATES, i, n, in_row, dB, RAGGED, CUT_N, STATES)
 
 
 @triton.jit
@@ -196,19 +245,23 @@ def ssd_bwd_kernel(
     D_PER_CHANNEL: tl.constexpr, VARLEN: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, Q: tl.constexpr, HEADS: tl.constexpr, HEAD_BLOCKS: tl.constexpr,
     BLOCK_P: tl.constexpr, P_BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a chunk, from the state that enters it and the gradient of the one that leaves.
 
-    Two programs for a chunk, a group and HEADS of its heads, side by side, since they share dy and
-    dS: one program for both would need more registers than there are. dB and dC are summed over
-    these heads in registers and written in parts, dB (HEAD_BLOCKS, B, T, G, N), dC (2 HEAD_BLOCKS,
-    ...), that are added up later. grad (4, chunks, H, Q) is what `ssd_decay_bwd_kernel` reads; dD
-    is (chunks, H, P) for D per channel, else (chunks, H, Q).
+    SPLIT + 2 programs for a chunk, a group and HEADS of its heads: one program for all would need
+    more registers than there are. Side by side, since they share x, dy and dS: SPLIT of them take
+    every SPLITth head for dx, so that all walk through the heads at about the same speed and find
+    in the L2 cache what the others have loaded. dB and dC are summed over heads in registers and
+    written in parts, (HEAD_BLOCKS (SPLIT + 1), B, T, G, N), that are added up later. grad (4,
+    chunks, H, Q) is what `ssd_decay_bwd_kernel` reads; dD is (chunks, H, P) for D per channel, else
+    (chunks, H, Q).
     """
     dot_type: tl.constexpr = tl.float32 if WIDE else x_ptr.dtype.element_ty
     CUT_N: tl.constexpr = STATES != BLOCK_N
     MASKED: tl.constexpr = RAGGED or mask_ptr is not None
-    pid = tl.program_id(0) // 2
+    pid = tl.program_id(0) // (SPLIT + 2)
+    role = tl.program_id(0) % (SPLIT + 2)
     block = pid % HEAD_BLOCKS
     group = (pid // HEAD_BLOCKS) % groups
     v = pid // (HEAD_BLOCKS * groups)
@@ -222,23 +275,33 @@ def ssd_bwd_kernel(
         at_mask = mask_ptr + batch * mask_sb + (token + i) * mask_st
         is_real = in_row & (tl.load(at_mask, mask=in_row, other=0) != 0)
     at_C = C_ptr + batch * C_sb + group * C_sg + token * C_st
-    C = load_tile(at_C, C_st, i, n, in_row, RAGGED, CUT_N, STATES).to(dot_type)
     head_0 = group * (HEADS * HEAD_BLOCKS) + block * HEADS
-    if tl.program_id(0) % 2 == 0:
+    part_0 = block * (SPLIT + 1)
+    if role < SPLIT:
         at_B = B_ptr + batch * B_sb + group * B_sg + token * B_st
         B = load_tile(at_B, B_st, i, n, in_row, RAGGED, CUT_N, STATES).to(dot_type)
         from_tokens(
-            x_ptr, C, B, D_ptr, z_ptr, ungated_ptr, dy_ptr, decay_ptr, dstates_ptr,
+            x_ptr, at_C, B, D_ptr, z_ptr, ungated_ptr, dy_ptr, decay_ptr, dstates_ptr,
             dx_ptr, dz_ptr, dB_ptr, dC_ptr, grad_ptr, dD_ptr,
-            batch, token, end, in_row, is_real, v, group, block, head_0,
-            x_sb, x_st, x_sh, z_sb, z_st, z_sh, dy_sb, dy_st, dy_sh, dx_sb, dx_st, dz_sb, dz_st,
+            batch, token, end, in_row, is_real, v, group, part_0 + role, head_0 + role,
+            x_sb, x_st, x_sh, C_st, z_sb, z_st, z_sh, dy_sb, dy_st, dy_sh,
+            dx_sb, dx_st, dz_sb, dz_st,
             length, heads, groups, plane, part, STATES, HEAD_DIM, RAGGED, MASKED,
-            D_PER_CHANNEL, WIDE, PRECISION, Q, HEADS, BLOCK_P, P_BLOCKS, BLOCK_N, STAGES,
+            D_PER_CHANNEL, WIDE, PRECISION, Q, HEADS // SPLIT, SPLIT, BLOCK_P, P_BLOCKS, BLOCK_N,
+            STAGES,
+        )  # fmt: skip
+    elif role == SPLIT:
+        from_exit(
+            x_ptr, decay_ptr, dstates_ptr, dB_ptr,
+            batch, token, end, in_row, v, group, part_0 + SPLIT, head_0, x_sb, x_st, x_sh,
+            length, heads, groups, part, STATES, HEAD_DIM, RAGGED, WIDE, PRECISION, Q, HEADS,
+            BLOCK_P, P_BLOCKS, BLOCK_N, STAGES,
         )  # fmt: skip
     else:
+        C = load_tile(at_C, C_st, i, n, in_row, RAGGED, CUT_N, STATES).to(dot_type)
         from_states(
             C, z_ptr, dy_ptr, decay_ptr, states_ptr, dstates_ptr, dC_ptr, grad_ptr,
-            batch, token, end, in_row, is_real, v, group, block, head_0,
+            batch, token, end, in_row, is_real, v, group, part_0 + SPLIT, head_0,
             z_sb, z_st, z_sh, dy_sb, dy_st, dy_sh, length, heads, groups, plane, part,
             STATES, HEAD_DIM, RAGGED, MASKED, WIDE, PRECISION, Q, HEADS, BLOCK_P, P_BLOCKS,
             BLOCK_N, STAGES,

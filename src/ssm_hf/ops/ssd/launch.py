@@ -371,10 +371,16 @@ def gradients_into(
                           states, dstates)  # fmt: skip
         options = k.options("ssd_bwd")
         heads = _heads_per_program(k, options.pop("HEADS"))
+        p_blocks = -(-k.head_dim // options["BLOCK_P"])
+        # Every block of channels has buffers of its own, and so has z: two programs should still
+        # fit a multiprocessor.
+        options["STAGES"] = max(1, (options["STAGES"] - (z is not None)) // p_blocks)
         blocks = k.heads // k.groups // heads
-        dB_parts = x.new_empty(blocks, *B.shape, dtype=torch.float32)
-        dC_parts = x.new_empty(2 * blocks, *C.shape, dtype=torch.float32)
-        _bwd_kernel[(2 * k.chunks * k.groups * blocks,)](
+        split = math.gcd(heads, options.pop("SPLIT"))
+        parts = blocks * (split + 1)
+        dB_parts = x.new_empty(parts, *B.shape, dtype=torch.float32)
+        dC_parts = x.new_empty(parts, *C.shape, dtype=torch.float32)
+        _bwd_kernel[((split + 2) * k.chunks * k.groups * blocks,)](
             x, B, C, D, z, ungated, mask, dy, decay, states, dstates, dx, dz, dB_parts, dC_parts,
             grad, dD_parts, *k.tables,
             *_strides(x), *_strides(B), *_strides(C), *_strides(z), *_strides(mask, 2),
@@ -382,8 +388,8 @@ def gradients_into(
             k.rows, k.length, k.heads, k.groups, grad[0].numel(),
             B.numel(), **k.shape, D_PER_CHANNEL=per_channel,
             VARLEN=cu_seqlens is not None, WIDE=k.wide, PRECISION=k.precision, Q=CHUNK,
-            HEADS=heads, HEAD_BLOCKS=blocks, P_BLOCKS=-(-k.head_dim // options["BLOCK_P"]),
-            BLOCK_N=k.blocks()[1], **options,
+            HEADS=heads, HEAD_BLOCKS=blocks, SPLIT=split,
+            P_BLOCKS=p_blocks, BLOCK_N=k.blocks()[1], **options,
         )  # fmt: skip
         pointers, strides = _decay_arguments(k, dt, A, dt_bias, doc, mask)
         options = k.options("ssd_decay_bwd")
@@ -398,7 +404,7 @@ def gradients_into(
         _sum_kernel[(programs + k.heads,)](
             dB_parts, dC_parts, sums, dD_parts, dB, dC, dA, None if dt_bias is None else dbias,
             None if D is None else dD, *_strides(dB, 2), *_strides(dC, 2), tokens, k.length,
-            B.numel(), k.chunks, k.heads, WIDTH=width, B_PARTS=blocks, C_PARTS=2 * blocks,
+            B.numel(), k.chunks, k.heads, WIDTH=width, B_PARTS=parts, C_PARTS=parts,
             LAST=last, D_PER_CHANNEL=per_channel, BLOCK_L=_block(last), **options,
         )  # fmt: skip
     if wide_dinitial is not None and wide_dinitial is not dinitial:
