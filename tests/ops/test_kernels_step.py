@@ -8,6 +8,7 @@ from ssm_hf.ops import launch
 from ssm_hf.ops.causal_conv1d.step import causal_conv1d_step_
 from ssm_hf.ops.dispatch import ImplementationUnavailableError
 from ssm_hf.ops.norm_linear import MOST_ROWS, norm_linear
+from ssm_hf.ops.norm_linear import launch as linear_launch
 from ssm_hf.ops.selective_scan.step import mamba1_step
 from ssm_hf.ops.ssd import step_launch
 from ssm_hf.ops.ssd.step import mamba2_step
@@ -195,9 +196,13 @@ LINEAR = {
 }
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("rows", "walked"), [(1, False), (3, False), (2, True)])
 @pytest.mark.parametrize("case", LINEAR.values(), ids=LINEAR)
-def test_norm_linear_equals_torch(case: dict, rows: int) -> None:
+def test_norm_linear_equals_torch(
+    case: dict, rows: int, walked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if walked:
+        monkeypatch.setattr(linear_launch, "_WALKED", 1)
     size, outputs, channels = 300, 37, 21
     tensors = {"x": _draw(rows, size), "weight": _draw(outputs, size)}
     options = {"eps": 1e-5, "group_size": case.get("group_size")}

@@ -60,6 +60,8 @@ def aot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
                     **norm)  # fmt: skip
 
     yield "norm_linear-1", lambda: linear(1)
+    row, head = torch.empty(1, 1024), _bf16(10000, 1024)
+    yield "norm_linear-walked", lambda: norm_linear(row, head, impl="triton")
     recipe = Recipe(True, 1.2, 0.9, 50, 0.9, 0.1, (1, 2), 0, (1,))
     logits = torch.empty(8, 50288)
 

@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 
 from ssm_hf.ops.launch import check_tensors, on_device, overlapping, tuned
-from ssm_hf.ops.norm_linear.kernels import norm_linear_kernel
+from ssm_hf.ops.norm_linear.kernels import norm_linear_kernel, norm_linear_walk_kernel
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # More outputs than this take several rounds of programs, as a vocabulary does.
 _TALL = 16384
+# From so many weights on, too many for the registers of a GPU, they are walked through; the rows
+# are held in their place, which few of them can be.
+_WALKED, _WALKED_ROWS = 1 << 23, 2
 
 
 @torch.library.custom_op("ssm_hf::norm_linear", mutates_args=("conv_state",))
@@ -51,13 +54,16 @@ def norm_linear_triton(
         if not conv_state.is_contiguous():
             raise ValueError("norm_linear: conv_state must be contiguous")
         taps, conv_weight = conv_weight.shape[1], conv_weight.contiguous()
+    walked = outputs * size >= _WALKED and rows <= _WALKED_ROWS
+    kernel = norm_linear_walk_kernel if walked else norm_linear_kernel
+    name = "norm_linear_walk" if walked else "norm_linear"
     options = {
-        **tuned("norm_linear", _size_class(size, outputs), x.device),
+        **tuned(name, _size_class(size, outputs), x.device),
         **overlapping(overlap, x.device),
     }
-    block = options["BLOCK_O"]
+    block = options["BLOCK_O"] * options.get("STEPS", 1)
     with on_device(x):
-        norm_linear_kernel[(-(-outputs // block),)](
+        kernel[(-(-outputs // block),)](
             x,
             norm_weight,
             weight,
