@@ -4,8 +4,9 @@
 
 bf16 autocast over fp32 weights, rows of random tokens, the fused loss for ours and the usual one
 for the peers. Ours is timed three ways (see `model.execution` in training/config.py), the peers
-eagerly or compiled. Before anything is timed, loss and gradients of the kernels are held to those
-of the torch path in fp32.
+eagerly, compiled or captured (`--peers llama:compile mamba_ssm:eager`), their autotuners' search
+shortened (see `Autotuners` in benchmarks/peers.py). Before anything is timed, loss and gradients of
+the kernels are held to those of the torch path in fp32.
 
 With --first-step a training run is started in a fresh process with an empty kernel cache, and the
 time until its first step is done is taken.
@@ -30,7 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 import ssm_hf
 from benchmarks import common
-from benchmarks.peers import without_cuda_scan
+from benchmarks.peers import Autotuners, without_cuda_scan
 from training.graph import GraphedPass
 from training.peaks import peak_flops
 
@@ -288,11 +289,37 @@ def first_step(model: str) -> dict[str, float]:
                 started = time.monotonic() - start
             if "train" in events:
                 first = time.monotonic() - start
+                process.terminate()
         process.wait()
         if first is None or started is None:
             raise RuntimeError((Path(folder) / "output").read_text()[-3000:])
     # The figures of a step are written after the next one was launched, some milliseconds late.
     return {"seconds": first, "until_loop_s": started, "step_s": first - started}
+
+
+# --- peers' autotuners ----------------------------------------------------------------------------
+
+# Peers whose kernels are autotuned.
+TUNED = ("mamba_ssm", "fla")
+
+
+def start_compilers(names: list[str], processes: int) -> list[subprocess.Popen[bytes]]:
+    """Processes that compile the candidates of the peers' autotuners, a part each."""
+    tuned = [name for name in names if name.startswith(TUNED)]
+    command = [sys.executable, "-m", "benchmarks.training", "--peers", *tuned, "--compile-part"]
+    parts = range(processes if tuned else 0)
+    return [
+        subprocess.Popen([*command, str(part), str(processes)], cwd=common.ROOT) for part in parts
+    ]
+
+
+def compile_part(names: list[str], part: int, parts: int, choices: Path) -> None:
+    """Compile every `parts`-th candidate of these peers' training pass."""
+    ids = torch.randint(3, 50280, (1, 2048), device="cuda")
+    built = [PEERS[name.partition(":")[0]]() for name in names]
+    Autotuners(choices).compile_only(part, parts)
+    for _, loss in built:
+        backward_pass(loss)({"input_ids": ids}, torch.ones((), device="cuda"))
 
 
 # --- main -----------------------------------------------------------------------------------------
@@ -305,12 +332,12 @@ def runs(arguments: argparse.Namespace) -> Iterator[tuple[str, str, str, Any]]:
         for way in arguments.ways:
             yield f"train-{size}-{family}", "ssm_hf", way, functools.partial(ours, name)
     for name in arguments.peers:
+        name, _, way = name.partition(":")
         peer, *size = name.split("-")
         family = "llama" if peer == "llama" else "mamba2"
-        for way in arguments.peer_ways:
-            case = f"train-{size[0] if size else '130m'}-{family}"
-            provider = "transformers" if peer == "llama" else peer
-            yield case, provider, way, PEERS[name]
+        case = f"train-{size[0] if size else '130m'}-{family}"
+        provider = "transformers" if peer == "llama" else peer
+        yield case, provider, way or "eager", PEERS[name]
 
 
 def main() -> None:
@@ -318,9 +345,11 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=["mamba2-130m", "mamba-130m"])
     parser.add_argument("--ways", nargs="*", default=["graph", "eager"],
                         choices=["graph", "eager", "compile", "compile-whole"])  # fmt: skip
-    parser.add_argument("--peers", nargs="*", default=[], choices=list(PEERS))
-    parser.add_argument("--peer-ways", nargs="*", default=["eager"],
-                        choices=["eager", "compile", "compile-whole", "graph"])  # fmt: skip
+    parser.add_argument("--peers", nargs="*", default=[], metavar="PEER[:WAY]",
+                        help=f"of {', '.join(PEERS)}, eagerly or as WAY says")  # fmt: skip
+    parser.add_argument("--processes", type=int, default=8, help="compile for peers' autotuners")
+    parser.add_argument("--peer-choices", type=Path, default=common.RESULTS / "peer_choices.json")
+    parser.add_argument("--compile-part", type=int, nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--seconds", type=float, default=1.0, help="spent on each timing")
@@ -329,30 +358,38 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=common.RESULTS / "training.jsonl")
     arguments = parser.parse_args()
     ssm_hf.register(override=True)
+    if arguments.compile_part is not None:
+        compile_part(arguments.peers, *arguments.compile_part, arguments.peer_choices)
+        return
+    compilers = start_compilers(arguments.peers, arguments.processes)
 
     def keep(case: str, provider: str, values: dict[str, float], **details: Any) -> None:
         result = common.record("training", case, provider, values, **details)
         common.append(arguments.output, result)
         print(json.dumps(result), flush=True)
 
-    for model in arguments.first_step:
-        keep(f"first-step-{model.split('-')[1]}", "ssm_hf", first_step(model), model=model)
-
     shape = {"B": arguments.batch, "T": arguments.length}
     ids = torch.randint(3, 50280, (arguments.batch, arguments.length), device="cuda")
     for case, provider, way, build in runs(arguments):
         model, loss = build()
+        if provider in TUNED:
+            for process in compilers:
+                process.wait()
+            Autotuners(arguments.peer_choices).measure_briefly()
         details = {
             "way": way,
             "shape": shape,
             "parameters": sum(p.numel() for p in model.parameters()),
         }
         if provider == "ssm_hf":
-            details |= check(model, loss, ids[:2, :1024])
+            # As many rows as are timed: these are the same kernels.
+            details |= check(model, loss, ids[:, :512])
         values = measure(model, loss, way, ids, arguments.seconds, arguments.profile)
         keep(case, provider, values, **details)
         del model, loss
         torch.cuda.empty_cache()
+    for model in arguments.first_step:
+        keep(f"first-step-{model.split('-')[1]}", "ssm_hf", first_step(model), model=model)
 
 
 if __name__ == "__main__":
