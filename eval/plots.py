@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -104,6 +105,7 @@ def short_length(value: float) -> str:
     return f"{value:g}"
 
 
+@lru_cache(maxsize=64)  # HTML and file show the same figure
 def to_svg(figure: Figure) -> str:
     """Write a figure as one <svg> element, the same text each time."""
     buffer = io.StringIO()

@@ -1,0 +1,94 @@
+#!/usr/bin/env bash
+# Models of 130M parameters on the same books, evaluated by the same suite, one model per GPU at a time:
+#
+#   bash eval/lm_130m.sh train DATA RUNS       # about 5 minutes a model on an H100
+#   bash eval/lm_130m.sh evaluate DATA RUNS    # about 6 minutes a model
+#   bash eval/lm_130m.sh needles DATA RUNS     # 2 minutes more of training, on RULER's own form
+#   bash eval/lm_130m.sh after DATA RUNS       # RULER again
+#   bash eval/lm_130m.sh report DATA RUNS      # all of them side by side, in RUNS/report
+#
+# DATA has corpora/, evals/, ruler/ and tokenizers/ (docs/evaluation.md says which files). MODELS names
+# the models, TRAIN and EVAL add options. A stage that was stopped goes on where it was.
+set -euo pipefail
+stage=$1 data=$2 runs=$3
+read -ra models <<< "${MODELS:-mamba-130m mamba2-130m llama-130m nope-130m}"
+read -ra train_options <<< "${TRAIN:-}"
+read -ra eval_options <<< "${EVAL:---dtype bfloat16}"
+gpus=$(nvidia-smi -L 2> /dev/null | wc -l || true)
+python=${PYTHON:-python}
+export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-true}
+
+launch() {  # RUN_DIR MODEL OPTIONS...
+  local run=$1 model=$2
+  shift 2
+  local execution=auto
+  case $model in llama* | nope*) execution=eager ;; esac
+  "$python" -m training.train --config configs/train/books-130m.yaml --run_dir "$run" \
+    --model.execution "$execution" "$@" "${train_options[@]}"
+}
+
+train() {
+  [ -d "$runs/$1/final" ] && return
+  launch "$runs/$1" "$1" --model.config "configs/model/$1.json" \
+    --tokenizer.source "$data/tokenizers/gpt_neox_20b/tokenizer.json" \
+    --data.files "[$data/corpora/books_train-*.jsonl.xz]"
+}
+
+# The last quarter of the steps once more, with a seventh of the tokens in RULER's form: other seeds,
+# other key words. A small model learns what is asked for, and the test is then one of memory.
+needles() {
+  [ -d "$runs/$1-needles/final" ] && return
+  launch "$runs/$1-needles" "$1" --model.config null --model.checkpoint "$runs/$1/final" \
+    --tokenizer.source null --tokenizer.eos_token null \
+    --data.files "[$data/corpora/books_train-*.jsonl.xz, $runs/needles.jsonl]" \
+    --max_steps 275 --optimizer.lr 5e-4 --schedule.warmup_steps 20
+}
+
+evaluate() {
+  "$python" -m eval.run --model "$runs/$1/final" --suite configs/eval/lm-130m.yaml \
+    --variables.data "$data" --output "$runs/$1/report" "${eval_options[@]}"
+}
+
+after() {
+  "$python" -m eval.run --model "$runs/$1-needles/final" --suite configs/eval/lm-130m.yaml \
+    --variables.data "$data" --output "$runs/$1-needles/report" --length null --lm_eval null \
+    --efficiency null --generate null "${eval_options[@]}"
+}
+
+report() {
+  local before=() later=()
+  for model in "${models[@]}"; do
+    [ -f "$runs/$model/report/results.json" ] && before+=("$runs/$model/report")
+    [ -f "$runs/$model-needles/report/results.json" ] && later+=("$runs/$model-needles/report")
+  done
+  "$python" -m eval.report "${before[@]}" "${later[@]}" --output "$runs/report"
+}
+
+case $stage in
+  report) report; exit ;;
+  train | evaluate | needles | after) ;;
+  *) echo "unknown stage $stage, expected train, evaluate, needles, after or report" >&2; exit 2 ;;
+esac
+if [ "$stage" = needles ] && [ ! -f "$runs/needles.jsonl" ]; then
+  "$python" -m eval.ruler.training --tokenizer "$data/tokenizers/gpt_neox_20b/tokenizer.json" \
+    --output "$runs/needles.jsonl"
+fi
+failed=0 waiting=()
+for i in "${!models[@]}"; do
+  model=${models[$i]}
+  mkdir -p "$runs"
+  if [ "$gpus" -gt 1 ]; then
+    # As many models at a time as there are GPUs, each on its own.
+    CUDA_VISIBLE_DEVICES=$((i % gpus)) "$stage" "$model" > "$runs/$model-$stage.log" 2>&1 &
+    waiting+=($!)
+    if [ $(((i + 1) % gpus)) -eq 0 ]; then
+      for job in "${waiting[@]}"; do wait "$job" || failed=1; done
+      waiting=()
+    fi
+  else
+    "$stage" "$model" > "$runs/$model-$stage.log" 2>&1 || failed=1
+  fi
+done
+for job in "${waiting[@]}"; do wait "$job" || failed=1; done
+tail -n 40 "$runs"/*-"$stage".log
+exit $failed
