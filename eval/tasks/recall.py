@@ -121,11 +121,13 @@ class Needles(Task):
 
     Args:
         keys: pairs in a sample.
+        fewest: if not 0, the number of pairs is drawn from `fewest` to `keys` for each sample.
         vocabulary: different keys, and as many different values.
         fillers: different filler tokens.
     """
 
     keys: int = 8
+    fewest: int = 0
     vocabulary: int = 256
     fillers: int = 16
 
@@ -133,6 +135,10 @@ class Needles(Task):
         require(
             1 <= self.keys <= self.vocabulary,
             f"keys must lie between 1 and vocabulary ({self.vocabulary}), got {self.keys}",
+        )
+        require(
+            0 <= self.fewest <= self.keys,
+            f"fewest must lie between 0 and keys ({self.keys}), got {self.fewest}",
         )
         require(self.fillers >= 1, f"fillers must be 1 or more, got {self.fillers}")
 
@@ -160,13 +166,22 @@ class Needles(Task):
         ids = torch.where(index < lengths[:, None] + 3, noise, ids)
         keys = distinct(first_key, first_key + self.vocabulary, rows, self.keys, generator)
         values = uniform(first_key + self.vocabulary, self.vocab_size, (rows, self.keys), generator)
-        # Pairs keep two tokens free: places in a text shortened by one token a pair, spread again.
         count = torch.full_like(lengths, self.keys)
-        places = random_places(lengths - self.keys, count, self.keys, generator)
-        places = places + torch.arange(self.keys, device=ids.device)
+        if self.fewest:
+            count = uniform(self.fewest, self.keys + 1, (rows,), generator)
+        # A pair takes two tokens: places in a text shortened by one token a pair, spread again.
+        places = random_places(lengths - count, count, self.keys, generator)
+        order = torch.arange(self.keys, device=ids.device)
+        is_there = order < count[:, None]
+        # Pairs beyond a row's number go to columns of their own, which are cut off again.
+        width = ids.shape[1]
+        places = torch.where(is_there, places + order, width)
+        ids = torch.nn.functional.pad(ids, (0, 2))
         ids.scatter_(1, places, keys)
         ids.scatter_(1, places + 1, values)
-        asked = uniform(0, self.keys, (rows, 1), generator)
+        ids = ids[:, :width].contiguous()
+        share = torch.rand(rows, generator=generator, device=ids.device, dtype=torch.float64)
+        asked = (share * count).long()[:, None]
         put_token(ids, lengths, ask)
         put(ids, lengths + 1, keys.gather(1, asked))
         put(labels, lengths + 2, values.gather(1, asked))

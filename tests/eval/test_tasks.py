@@ -25,6 +25,7 @@ CASES = [
     ("mqar", {"vocabulary": 64, "min_context": 32, "max_context": 32}, "8"),
     ("mqar", {"vocabulary": 4096, "random_fillers": False}, "4"),
     ("needles", {"keys": 5, "vocabulary": 8}, "10-30"),
+    ("needles", {"keys": 5, "fewest": 1, "vocabulary": 8}, "10-30"),
     ("parity", {}, "1-20"),
     ("parity", {"running": False}, "1-20"),
     ("word_problem", {"name": "Z5"}, "1-20"),
@@ -275,6 +276,15 @@ def test_needles_stand_anywhere_and_do_not_overlap() -> None:
     assert task.tokens(12) == 15
 
 
+def test_the_number_of_needles_is_uniform() -> None:
+    options = {"keys": 4, "fewest": 2, "vocabulary": 8, "fillers": 2}
+    _, _, samples = drawn("needles", options, "12", count=900)
+    is_value = samples.input_ids[:, :12] >= 12
+    counts = torch.bincount(is_value.sum(1), minlength=5)
+    assert counts[:2].sum() == 0
+    assert ((counts[2:] - 300).abs() < 75).all()  # five standard deviations
+
+
 def test_mqar_follows_upstream_settings() -> None:
     train = make_task("mqar", {"tokens_per_pair": 16, "min_context": 64, "max_context": 256})
     assert [train.context(k) for k in (4, 8, 16, 32, 64)] == [64, 128, 256, 256, 256]
@@ -453,6 +463,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ("mqar", {"vocabulary": 2}, "4 or more"),
         ("mqar", {"power": 0.0}, "above 0"),
         ("needles", {"keys": 300}, "between 1 and"),
+        ("needles", {"keys": 3, "fewest": 4}, "between 0 and keys"),
         ("parity", {"name": "S3"}, "Z2"),
         ("word_problem", {"name": "Q8"}, "must be"),
         ("word_problem", {"name": "S9"}, "n <= 6"),
