@@ -1,5 +1,6 @@
 """Variable tracking: a chain of assignments hidden in noise, and a solved example before it."""
 
+import itertools
 import string
 from random import Random
 
@@ -17,7 +18,7 @@ def assignments(names: list[str], value: str) -> list[str]:
     """Return the lines that give `value` to the first name and hand it on to the others."""
     first = f"VAR {names[0]} = {value}"
     # The space at the end is NVIDIA's.
-    return [first, *(f"VAR {b} = VAR {a} " for a, b in zip(names, names[1:], strict=False))]
+    return [first, *(f"VAR {b} = VAR {a} " for a, b in itertools.pairwise(names))]
 
 
 def draw_names(rng: Random, letters: int) -> list[str]:

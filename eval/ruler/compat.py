@@ -17,7 +17,7 @@ from eval.ruler import templates
 from eval.ruler.chains import HOPS, assignments
 from eval.ruler.counting import COMMON, LONG, LONG_FROM, SHORT, FrequentWords, zeta_counts
 from eval.ruler.fit import Frame, Sample, TooShortError, depths_of
-from eval.ruler.needles import NOISE, NeedleSpec, draw
+from eval.ruler.needles import NOISE, Kind, NeedleSpec, draw
 from eval.ruler.questions import QuestionSet
 from eval.ruler.sources import Haystack, SortedPairs
 from eval.ruler.templates import Wording
@@ -126,7 +126,7 @@ class Needles(Maker):
         marks = [self._needle(key, value) for key, some in asked for value in some]
         return Text("", wording, context, outputs, marks)
 
-    def _draw(self, kind: str) -> str:
+    def _draw(self, kind: Kind) -> str:
         return draw(self.stream.rng, kind, lambda rng: rng.choice(self.words))
 
     def _needle(self, key: str, value: str) -> str:
@@ -223,8 +223,6 @@ class Documents(Maker):
 
     def make(self, index: int, size: int) -> Text:
         documents = self.data.documents
-        if index >= len(self.data.questions):
-            raise IndexError(f"sample {index} of {len(self.data.questions)} questions")
         question = self.data.questions[index]
         given = question.given
         near = [number for number in question.near if number not in given]
@@ -338,7 +336,6 @@ def compat_samples(
     """
     stream = Stream(seed)
     writer = _Writer(name, counter, frame, length, budget)
-    extra = budget
     if chained:
         example_writer = _Writer(name, counter, Frame(), EXAMPLE_TOKENS, 0)
         example_maker = Chains(stream, length, None)
@@ -346,11 +343,10 @@ def compat_samples(
         text, _ = _make_fitting(example_maker, example_writer, 0, size, 0)
         example = f"{text.prompt(Frame())} {' '.join(text.outputs)}\n"
         maker: Maker = Chains(stream, length, example)
-        plain = _Plain(maker)
-        size = _search(plain, writer, budget + counter.count([example])[0])
+        size = _search(_Plain(maker), writer, budget + counter.count([example])[0])
     else:
         maker = make_maker(stream)
-        size = _search(maker, writer, extra)
+        size = _search(maker, writer, budget)
     for index in range(samples):
         text, used = _make_fitting(maker, writer, index, size, budget)
         yield writer.sample(index, used, text)
@@ -395,7 +391,8 @@ def compat_frequent_words(
         context = " ".join(stream.shuffled(text))
         return Text("", templates.FREQUENT_WORDS, context, words[1:4])
 
-    if step < 1 or room // 50 < 4 or writer.tokens(make(vocabulary_of(room), 0)) > room:
+    least = 4  # the noise and the three words of the answer
+    if room // 50 < least or writer.tokens(make(["..."] * least, 0)) > room:
         raise writer.too_short()
     words, start = vocabulary(), room // FrequentWords.LETTERS
     while writer.tokens(make(words, start)) < room:
@@ -408,8 +405,3 @@ def compat_frequent_words(
             if size <= 0:
                 raise writer.too_short()
         yield writer.sample(index, size, text)
-
-
-def vocabulary_of(room: int) -> list[str]:
-    """Return placeholders for as many coded words as a length takes."""
-    return ["..."] * (room // 50)

@@ -34,7 +34,7 @@ SPARE = 0.9
 def listing(words: Sequence[str], repeats: tuple[int, int], rng: Random) -> str:
     """Return a shuffled numbered list: the first ten words more often than the others."""
     common, other = repeats
-    entries = [*words[:COMMON] * common, *words[COMMON:] * other]
+    entries = list(words[:COMMON]) * common + list(words[COMMON:]) * other
     rng.shuffle(entries)
     return templates.numbered(entries)
 
@@ -108,8 +108,8 @@ def choose_repeats(
 class FrequentWords(Plan):
     """Coded words whose counts fall with the square of their rank; size sets the counts.
 
-    The word of the first rank is noise, "...", and the next three are the answer. Size is the number
-    of words that an infinite vocabulary would make.
+    The word of the first rank is noise, "...", and the next three are the answer. Size is the
+    number of words that an infinite vocabulary would make.
     """
 
     LETTERS = 6

@@ -196,8 +196,8 @@ class QuestionPlan(Plan):
     """Documents in random order, the gold ones among them; size counts tokens of documents.
 
     Gold documents come first in line, then near ones, then others, as many as there is room for;
-    the room of the last goes to the longest of the next that fit. Where all documents are in, others
-    than the gold ones are repeated.
+    the room of the last goes to the longest of the next that fit. Where all documents are in,
+    others than the gold ones are repeated.
     """
 
     tolerance = 0.02

@@ -27,50 +27,12 @@ RESERVED_SHARE = 8
 # --- haystack -------------------------------------------------------------------------------------
 
 # A full stop after these does not end a sentence.
-_ABBREVIATIONS = frozenset(
-    [
-        "Mr.",
-        "Mrs.",
-        "Ms.",
-        "Messrs.",
-        "Dr.",
-        "Prof.",
-        "Rev.",
-        "Hon.",
-        "Capt.",
-        "Col.",
-        "Gen.",
-        "Lieut.",
-        "Lt.",
-        "Sgt.",
-        "St.",
-        "Mt.",
-        "Jr.",
-        "Sr.",
-        "Esq.",
-        "vs.",
-        "viz.",
-        "cf.",
-        "i.e.",
-        "e.g.",
-        "etc.",
-        "No.",
-        "Vol.",
-        "vol.",
-        "Fig.",
-        "fig.",
-        "p.",
-        "pp.",
-        "ch.",
-        "Chap.",
-        "Inc.",
-        "Ltd.",
-        "Co.",
-    ]
+_ABBREVIATION = re.compile(
+    r"(Mr|Mrs|Ms|Messrs|Dr|Prof|Rev|Hon|Capt|Col|Gen|Lieut|Lt|Sgt|St|Mt|Jr|Sr|Esq|Inc|Ltd|Co"
+    r"|vs|viz|cf|i\.e|e\.g|etc|[Vv]ol|[Ff]ig|pp?|[Cc]h|Chap|[A-Z])\.$"
 )
 _SENTENCE_END = re.compile(r"""[.!?…]+["'”’)\]]*$""")
 _SENTENCE_START = re.compile(r"""["'“‘(\[—-]*[A-Z0-9]""")
-_INITIAL = re.compile(r"[A-Z]\.$")
 
 
 class Haystack(NamedTuple):
@@ -102,8 +64,7 @@ def sentence_ends(words: Sequence[str]) -> list[int]:
         for index, (word, following) in enumerate(itertools.pairwise(words))
         if _SENTENCE_END.search(word)
         and _SENTENCE_START.match(following)
-        and word not in _ABBREVIATIONS
-        and not _INITIAL.match(word)
+        and not _ABBREVIATION.match(word)
     ]
     return [*ends, len(words)]
 

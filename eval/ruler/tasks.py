@@ -162,6 +162,11 @@ class Maker:
                 return compat.Needles(stream, task.needles, words, self.haystack, length)
             if task.questions is not None:
                 data = load_questions(task.questions, self._sources[task.questions])
+                if count > len(data.questions):
+                    raise ValueError(
+                        f"ruler.compat asks each of the {len(data.questions)} questions once, "
+                        f"not {count}"
+                    )
                 return compat.Documents(stream, data)
             kinds = "noun", "adjective", "verb"
             words = [word for kind in kinds for word in wonderwords(kind)]
