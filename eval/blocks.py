@@ -17,8 +17,15 @@ from eval.plots import to_svg
 Results = dict[str, Any]
 
 
+THIS = "this model"
+
+
 class Run(NamedTuple):
-    """One run of `eval.run`: its name in the report, and what is in its results.json."""
+    """One run of `eval.run`: its name in the report, and what is in its results.json.
+
+    A report of one run calls it `THIS`; one of several names them all, also where a section has
+    only one of them.
+    """
 
     name: str
     results: Results
@@ -59,12 +66,14 @@ class Table(NamedTuple):
         rows: cells, plain text or `Cell`.
         caption: a sentence that says what is in the table, with n and what the intervals are.
         detail: kept out of sight: folded in HTML, left out on a terminal.
+        prose: cells hold words: aligned to the left, and broken into lines in HTML.
     """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str | Cell]]
     caption: str = ""
     detail: bool = False
+    prose: bool = False
 
 
 class Plot(NamedTuple):
@@ -136,7 +145,7 @@ def to_text(blocks: Sequence[Block]) -> str:
         if isinstance(block, Heading):
             parts.append(block.text)
         elif isinstance(block, Table) and not block.detail:
-            parts.append(text_table(block.columns, block.rows))
+            parts.append(text_table(block.columns, block.rows, prose=block.prose))
         elif isinstance(block, Verbatim):
             # Control characters of an untrained model would garble the terminal.
             clean = "".join(
@@ -147,18 +156,22 @@ def to_text(blocks: Sequence[Block]) -> str:
     return "\n\n".join(parts)
 
 
-def text_table(columns: Sequence[str], rows: Sequence[Sequence[str | Cell]]) -> str:
-    """Align the first column to the left and the others to the right."""
+def text_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str | Cell]], *, prose: bool = False
+) -> str:
+    """Align the first column to the left and the others to the right, `prose` all to the left."""
     table = [list(columns), *([_text(cell) for cell in row] for row in rows)]
     widths = [max(len(row[i]) for row in table) for i in range(len(columns))]
 
     def line(row: Sequence[str]) -> str:
         cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        align = str.ljust if prose else str.rjust
+        cells += [align(cell, width) for cell, width in zip(row[1:], widths[1:], strict=True)]
         return ("  " + "  ".join(cells)).rstrip()
 
     rule = "  " + "  ".join("-" * width for width in widths)
-    return "\n".join([line(table[0]), rule, *map(line, table[1:])])
+    head = [line(table[0]), rule] if any(columns) else []
+    return "\n".join([*head, *map(line, table[1:])])
 
 
 # --- HTML -------------------------------------------------------------------------------------
@@ -198,11 +211,8 @@ def _html(block: Block) -> str:
         svg = to_svg(block.figure).replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
         return f"<figure>{svg}<figcaption>{_inline(block.caption)}</figcaption></figure>"
     head = "".join(f"<th>{_inline(column)}</th>" for column in block.columns)
-    if any(block.columns):
-        head = f"<thead><tr>{head}</tr></thead>"
-        facts = ""
-    else:
-        head, facts = "", ' class="facts"'
+    head = f"<thead><tr>{head}</tr></thead>" if any(block.columns) else ""
+    facts = ' class="facts"' if block.prose else ""
     rows = "\n".join("<tr>" + "".join(map(_html_cell, row)) + "</tr>" for row in block.rows)
     table = f'<div class="scroll"><table{facts}>{head}<tbody>\n{rows}\n</tbody></table></div>'
     caption = f'<div class="caption">{_inline(block.caption)}</div>' if block.caption else ""

@@ -16,7 +16,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
 
-from eval.blocks import Heading, Run, Table, Text, to_markdown
+from eval.blocks import THIS, Heading, Run, Table, Text, to_markdown
 from eval.report import REPORTS, read_results
 from eval.report_header import header_rows
 
@@ -112,7 +112,7 @@ def _ruler_limits(section: dict[str, Any]) -> list[str]:
 
 
 def _facts(rows: Sequence[tuple[str, str]]) -> str:
-    return to_markdown([Table(("", ""), rows)], "").strip()
+    return to_markdown([Table(("", ""), rows, prose=True)], "").strip()
 
 
 # --- metadata ---------------------------------------------------------------------------------
@@ -220,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--name", required=True, help="of the model, and of the file")
     parser.add_argument("--cards", type=Path, default=CARDS, help="folder of all cards")
     options = parser.parse_args(arguments)
-    runs = [Run("this model", read_results(path)) for path in options.results]
+    runs = [Run(THIS, read_results(path)) for path in options.results]
     print("\n".join(map(str, write_card(runs, options.name, options.cards))))
 
 

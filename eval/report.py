@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from eval.blocks import (
+    THIS,
     Block,
     Heading,
     Results,
@@ -89,7 +90,7 @@ def write_report(results: Results, directory: str | Path) -> list[Path]:
     path = directory / RESULTS_FILE
     # NaN and infinity are not JSON: better no file than one that others cannot read.
     path.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    return [path, *render([Run("this model", results)], directory)]
+    return [path, *render([Run(THIS, results)], directory)]
 
 
 def render(runs: Sequence[Run], directory: Path) -> list[Path]:
@@ -134,7 +135,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     """Read results; several runs are named by what tells their models' paths apart."""
     results = [read_results(path) for path in paths]
     if len(results) == 1:
-        return [Run("this model", results[0])]
+        return [Run(THIS, results[0])]
     names = run_names([data["header"]["model"]["name"] for data in results])
     return [Run(name, data) for name, data in zip(names, results, strict=True)]
 

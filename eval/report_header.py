@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from eval.blocks import Block, Cell, Heading, Results, Run, Table
+from eval.blocks import THIS, Block, Cell, Heading, Results, Run, Table
 
 
 def number(value: float | None, spec: str) -> str:
@@ -11,9 +11,14 @@ def number(value: float | None, spec: str) -> str:
     return "–" if value is None else format(value, spec)
 
 
+def alone(runs: Sequence[Run]) -> bool:
+    """Whether a report is of one run, which needs no name."""
+    return [run.name for run in runs] == [THIS]
+
+
 def beside(name: str, runs: Sequence[Run]) -> list[str]:
-    """Return column names: `name` for a single run, the runs' names for several."""
-    return [name] if len(runs) == 1 else [run.name for run in runs]
+    """Return column names: `name` in a report of one run, the runs' names in one of several."""
+    return [name] if alone(runs) else [run.name for run in runs]
 
 
 def header_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
@@ -74,7 +79,7 @@ def header_blocks(runs: Sequence[Run]) -> list[Block]:
     """Show the facts that matter at once, and all settings folded."""
     tables = [dict(header_rows(run.results)) for run in runs]
     names = list(dict.fromkeys(name for table in tables for name in table))
-    columns = ["", ""] if len(runs) == 1 else ["", *(run.name for run in runs)]
+    columns = ["", ""] if alone(runs) else ["", *(run.name for run in runs)]
     first = ("model", "architecture", "parameters", "state", "training length", "training")
     short = [name for name in (*first, "device", "date") if name in names]
 
@@ -82,8 +87,14 @@ def header_blocks(runs: Sequence[Run]) -> list[Block]:
         return [[name, *(table.get(name, "–") for table in tables)] for name in chosen]
 
     return [
-        Table(columns, rows(short)),
-        Table(columns, rows(names), "Every setting, version and hash of the run", detail=True),
+        Table(columns, rows(short), prose=True),
+        Table(
+            columns,
+            rows(names),
+            "Every setting, version and hash of the run",
+            detail=True,
+            prose=True,
+        ),
     ]
 
 
@@ -114,7 +125,7 @@ def check_blocks(runs: Sequence[Run]) -> list[Block]:
     """Show the checks that a suite asked for."""
     rows = [
         [
-            *([] if len(runs) == 1 else [run.name]),
+            *([] if alone(runs) else [run.name]),
             check["name"],
             Cell("passed", 1.0) if check["passed"] else Cell("FAILED", 0.0),
             check["detail"],
@@ -125,4 +136,4 @@ def check_blocks(runs: Sequence[Run]) -> list[Block]:
     if not rows:
         return []
     columns = ["check", "result", "measured"]
-    return [Heading("Checks"), Table(columns if len(runs) == 1 else ["run", *columns], rows)]
+    return [Heading("Checks"), Table(columns if alone(runs) else ["run", *columns], rows)]

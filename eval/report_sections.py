@@ -11,7 +11,7 @@ from typing import Any
 
 from eval.blocks import Block, Cell, Heading, Plot, Results, Run, Table, Text, Verbatim
 from eval.plots import finish, line, new_figure, short_length
-from eval.report_header import beside, number
+from eval.report_header import alone, beside, number
 
 # --- at a glance ------------------------------------------------------------------------------
 
@@ -126,11 +126,11 @@ def _file_blocks(runs: Sequence[Run], file: str) -> list[Block]:
         size = f"{score['documents']:,} documents, {score['bytes']:,} bytes"
         rows.append(
             [
-                "this model" if len(runs) == 1 else run.name,
+                run.name,
                 f"{score['bits_per_byte']:.4f}",
                 "",
                 f"{score['nats_per_token']:.4f}",
-                number(score["token_perplexity"], ".3f"),
+                number(score["token_perplexity"], ".5g"),
                 number(score["word_perplexity"], ".4g"),
                 f"{score['tokens']:,}",
             ]
@@ -140,7 +140,7 @@ def _file_blocks(runs: Sequence[Run], file: str) -> list[Block]:
     for order, bits in baselines.items():
         more = f"{100 * (bits / best - 1):+.1f} %"
         rows.append([f"byte n-gram, order {order}", f"{bits:.4f}", more, "–", "–", "–", "–"])
-    beside_best = "against the model" if len(runs) == 1 else "against the best"
+    beside_best = "against the model" if alone(runs) else "against the best"
     columns = ("", "bits/byte", beside_best, "nats/token", "token ppl", "word ppl", "n tokens")
     if not baselines:
         columns, rows = columns[:2] + columns[3:], [row[:2] + row[3:] for row in rows]
@@ -154,7 +154,7 @@ def _bits_plot(runs: Sequence[Run]) -> Plot:
     figure, panels = new_figure(7.2, (0.7 + 0.32 * bars) * len(files) + 0.3, rows=len(files))
     for axes, file in zip(panels, files, strict=True):
         scores = {
-            "this model" if len(runs) == 1 else run.name: score["bits_per_byte"]
+            run.name: score["bits_per_byte"]
             for run in runs
             if (score := _score(run, file)) is not None
         }
@@ -178,7 +178,7 @@ def _position_plot(runs: Sequence[Run]) -> Plot:
     for i, (run, score) in enumerate(curves):
         # Position 0 sits at 1 on the logarithmic axis, every other range at its middle.
         middle = [max((p["start"] + p["end"] - 1) / 2, 0) + 1 for p in score["curve"]]
-        name = score["file"] if len(runs) == 1 else f"{run.name}: {score['file']}"
+        name = score["file"] if alone(runs) else f"{run.name}: {score['file']}"
         line(axes, i, name, middle, [p["nats"] for p in score["curve"]])
     stateful = runs[0].results["perplexity"]["stateful"]
     since = "document" if stateful else "window"
@@ -228,7 +228,7 @@ def length_blocks(runs: Sequence[Run]) -> list[Block]:
         "are scored at every W, so changes along a column are much surer than its intervals."
     )
     columns = ["W", *beside("perplexity", runs)]
-    if len(runs) == 1 and rows:
+    if alone(runs) and rows:
         caption += (
             f" The change is in nats per token from W = {windows[0]:,}, ± one standard error."
         )
@@ -281,7 +281,8 @@ def _length_plot(runs: Sequence[Run]) -> Plot | None:
         mark = _shared_length(runs)
         name = f"definition {part.upper()}"
         finish(axes, label, "perplexity", log_x=True, title=name, training_length=mark)
-        if max(v for drawn in axes.lines for v in _finite(drawn.get_ydata())) > 200:
+        values = [v for drawn in axes.lines for v in _finite(drawn.get_ydata())]
+        if max(values) > 10 * min(values):
             axes.set_yscale("log")
     caption = "Perplexity against length, with 95 % intervals. Lower is better."
     return Plot("length", figure, caption)
@@ -302,7 +303,8 @@ def _length_cell(points: Sequence[dict[str, Any]], key: str, value: int) -> str 
 
 def _interval(point: dict[str, Any]) -> str:
     low, high = (math.exp(point["nats"] + sign * 1.96 * point["stderr"]) for sign in (-1, 1))
-    return f"{point['perplexity']:.2f} [{low:.2f}, {high:.2f}] n={point['n']}"
+    spec = ".2f" if high < 1000 else ",.0f"
+    return f"{point['perplexity']:{spec}} [{low:{spec}}, {high:{spec}}] n={point['n']}"
 
 
 # --- zero-shot tasks --------------------------------------------------------------------------
@@ -355,7 +357,7 @@ def zero_shot_blocks(runs: Sequence[Run]) -> list[Block]:
     )
     blocks.append(Table(columns, rows, caption))
     for run in runs:
-        blocks += _published_blocks(run, several=len(runs) > 1)
+        blocks += _published_blocks(run, several=not alone(runs))
     files = {
         (name, task["file"] or "Hugging Face Hub", task["sha256"] or "–")
         for run in runs
@@ -418,7 +420,7 @@ def efficiency_blocks(runs: Sequence[Run]) -> list[Block]:
         ),
     ]
     for run in runs:
-        if len(runs) > 1:
+        if not alone(runs):
             blocks.append(Heading(run.name, 3))
         section = run.results["efficiency"]
         batches = section["batch_sizes"]
@@ -494,7 +496,7 @@ def sample_blocks(runs: Sequence[Run]) -> list[Block]:
     blocks: list[Block] = [Heading("Samples")]
     for run in runs:
         section = run.results["generate"]
-        if len(runs) > 1:
+        if not alone(runs):
             blocks.append(Heading(run.name, 3))
         blocks.append(Text(_sampling(section)))
         for sample in section["samples"]:

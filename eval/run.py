@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ssm_hf
-from eval.blocks import Results, Run
+from eval.blocks import THIS, Results, Run
 from eval.model import (
     describe_environment,
     describe_model,
@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.model, suite, suite_file=options.suite, command=command, output=output
     )
     if processes().is_main_process:
-        print(summary([Run("this model", results)], write_report(results, output)))
+        print(summary([Run(THIS, results)], write_report(results, output)))
     return 0 if all(check["passed"] for check in results["checks"]) else 1
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from eval.blocks import Run
+from eval.blocks import THIS, Run
 from eval.card import TEMPLATE, fill, main, write_card
 
 RESULTS: dict[str, Any] = {
@@ -93,7 +93,7 @@ RESULTS: dict[str, Any] = {
         "b": [],
     },
 }
-RUN = Run("this model", RESULTS)
+RUN = Run(THIS, RESULTS)
 
 
 def test_a_new_card_has_the_numbers_with_their_command() -> None:
@@ -129,16 +129,16 @@ def test_what_people_wrote_stays(tmp_path: Path) -> None:
     model.mkdir()
     results = copy.deepcopy(RESULTS)
     results["header"]["model"]["name"] = str(model)
-    paths = write_card([Run("", results)], "tiny", tmp_path / "cards")
+    paths = write_card([Run(THIS, results)], "tiny", tmp_path / "cards")
     assert paths == [tmp_path / "cards" / "tiny.md", model / "README.md"]
     first = paths[0].read_text()
-    assert write_card([Run("", results)], "tiny", tmp_path / "cards") == paths
+    assert write_card([Run(THIS, results)], "tiny", tmp_path / "cards") == paths
     assert paths[0].read_text() == first
     written = first.replace("{One sentence: what it is", "A judgement. {One sentence: what it is")
     written = written.replace("library_name:", "license: apache-2.0\nlibrary_name:")
     paths[0].write_text(written)
     results["lm_eval"]["tasks"]["piqa"]["metrics"]["acc"]["value"] = 0.7
-    write_card([Run("", results)], "tiny", tmp_path / "cards")
+    write_card([Run(THIS, results)], "tiny", tmp_path / "cards")
     again = paths[0].read_text()
     assert again == paths[1].read_text()
     assert "A judgement. " in again
@@ -153,7 +153,7 @@ def test_bad_cards_and_mixed_results_are_refused(tmp_path: Path) -> None:
     other = copy.deepcopy(RESULTS)
     other["header"]["model"]["weights"] = "sha256 5678"
     with pytest.raises(ValueError, match="a card is of one model"):
-        fill(TEMPLATE.read_text(), "tiny", [RUN, Run("", other)])
+        fill(TEMPLATE.read_text(), "tiny", [RUN, Run(THIS, other)])
     with pytest.raises(FileNotFoundError, match="does not exist"):
         main([str(tmp_path / "results.json"), "--name", "tiny"])
 
