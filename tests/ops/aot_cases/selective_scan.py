@@ -32,3 +32,6 @@ def aot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         run(torch.float32, 1000, 64, 64, cu_seqlens=cu_seqlens, initial_state=leaf(2, 64, 64))
 
     yield "documents", packed
+    # Arguments equal to 1 become constants: one channel, one state, one token.
+    yield "ones", lambda: run(torch.float32, 1, 1, 1)
+    yield "ones-long", lambda: run(torch.float32, 4096, 1, 1)

@@ -253,7 +253,7 @@ def selective_scan_carry_kernel(
                 s = _row(a, i) * s + _row(added, i)
     whole = tl.sum(steps, axis=0)[None, :]
     decay = _decays(whole, A2, tl.sum(dropped, axis=0)[None], seq_ptr is not None)
-    size = E.to(tl.int64) * N
+    size = tl.cast(E, tl.int64) * N
     carry_ptr += place.to(tl.int64) * 2 * size
     tl.store(carry_ptr + en, decay, mask=in_en)
     tl.store(carry_ptr + size + en, s[None, :, :], mask=in_en)
@@ -322,7 +322,7 @@ def selective_scan_fwd_kernel(
     bias = _per_channel(bias_ptr, e, BLOCK_T, E)
     D = _per_channel(D_ptr, e, BLOCK_T, E)
     state = tl.zeros((1, BLOCK_E, BLOCK_N), tl.float32)
-    size = E.to(tl.int64) * N
+    size = tl.cast(E, tl.int64) * N
     if initial_ptr is not None:
         initial = tl.load(initial_ptr + row * size + en, mask=in_en, other=0.0)
         state += initial.to(tl.float32)

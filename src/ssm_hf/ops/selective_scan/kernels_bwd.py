@@ -115,7 +115,7 @@ def selective_scan_bwd_kernel(
     in_e, in_n = e < E, n < N
     batch, first, length = _row_extent(row, cu_ptr, T)
     start, end = _segment(segment, segments, length, CHUNK)
-    size = E.to(tl.int64) * N
+    size = tl.cast(E, tl.int64) * N
     saved_ptr += (_first_saved(row, first, cu_ptr, T, CHUNK) + start // CHUNK) * size
 
     en = e[None, :, None] * N + n[None, None, :]
