@@ -76,11 +76,12 @@ class Task:
         lengths = torch.as_tensor(lengths, dtype=torch.int64, device=generator.device)
         if lengths.ndim != 1 or len(lengths) == 0:
             raise ValueError(f"expected a list of lengths, got shape {tuple(lengths.shape)}")
-        self.check_length(int(lengths.min()))
+        for length in {int(lengths.min()), int(lengths.max())}:
+            self.check_length(length)
         return self.draw(lengths, generator)
 
     def check_length(self, length: int) -> None:
-        """Raise ValueError where no sample can be as short as this."""
+        """Raise ValueError where no sample can be as short, or as long, as this."""
         if length < self.minimum_length:
             raise ValueError(
                 f"{type(self).__name__}: length {length} is below the smallest possible, "
@@ -324,6 +325,7 @@ def pack(
 def check_fits(task: Task, lengths: Lengths, row_tokens: int) -> None:
     """Raise ValueError where a length is too small for the task or too large for a row."""
     task.check_length(min(lengths.values))
+    task.check_length(max(lengths.values))
     longest = max(task.tokens(length) for length in lengths.values)
     require(
         longest <= row_tokens,

@@ -73,8 +73,8 @@ class NgramLookup(_StringTask):
 
     key "prefix": `begin key separator s separator answer end`, asked before the string is read,
     so that one number of letters has to be kept; key "suffix": `begin s separator key answer end`,
-    asked afterwards, so that all of the string has to be kept. The key occurs once in the string,
-    unless no n-gram of it does.
+    asked afterwards, so that all of the string has to be kept. The key occurs once in the string;
+    lengths are bounded by half the number of different n-grams, so that there always is one.
 
     Args:
         key: "prefix" or "suffix".
@@ -97,6 +97,14 @@ class NgramLookup(_StringTask):
     @property
     def minimum_length(self) -> int:
         return self.n + self.answer
+
+    def check_length(self, length: int) -> None:
+        super().check_length(length)
+        require(
+            2 * length <= self.alphabet**self.n,
+            f"NgramLookup: in {length} letters too many of the {self.alphabet**self.n} n-grams "
+            "would repeat; take a larger alphabet or n",
+        )
 
     def tokens(self, length: int) -> int:
         return length + self.n + self.answer + (4 if self.key == "prefix" else 3)

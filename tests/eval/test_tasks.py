@@ -249,10 +249,13 @@ def test_ngrams_asked_for_are_anywhere(key) -> None:
     assert max(places.values()) < 150  # five standard deviations above 100
 
 
-def test_a_string_of_one_letter_still_has_a_question() -> None:
-    task = make_task("ngram_lookup", {"alphabet": 2, "n": 1, "answer": 1})
-    samples = task.sample([40] * 20, seeded(0))
-    assert ((samples.labels != IGNORED).sum(1) == 2).all()
+def test_strings_with_too_few_ngrams_are_refused() -> None:
+    task = make_task("ngram_lookup", {"alphabet": 4, "n": 2, "answer": 1})
+    assert task.sample([8] * 20, seeded(0)).input_ids.shape == (20, 15)
+    with pytest.raises(ValueError, match="too many of the 16 n-grams"):
+        task.sample([9], seeded(0))
+    with pytest.raises(ValueError, match="too many of the 16 n-grams"):
+        check_fits(task, Lengths.parse("3-9"), 100)
 
 
 def test_selected_tokens_stand_anywhere() -> None:
