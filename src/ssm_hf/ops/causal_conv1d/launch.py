@@ -139,7 +139,7 @@ def _backward(
     weight_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias and initial state, each empty where there is none to form."""
-    grads = _empty_grads(
+    grads: tuple[Tensor, Tensor, Tensor, Tensor] = _empty_grads(
         dy, dfinal, x, weight, bias, state, numbers, offsets, order, counts, silu, weight_grad
     )
     gradients_into(

@@ -215,7 +215,10 @@ def gradients_into(
         if weight_grad:
             options = dict(tuned("sum_rows", "default", dy.device))
             sum_rows_kernel[(-(-partial.shape[1] // options["BLOCK"]),)](
-                partial, dweight, *partial.shape, **options
+                partial,
+                dweight,
+                *partial.shape,
+                **options,  # pyright: ignore[reportArgumentType]
             )
 
 
