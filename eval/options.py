@@ -164,6 +164,40 @@ class LmEvalOptions:
 
 
 @dataclass(frozen=True)
+class ConsistencyOptions:
+    """Whether a model answers alike in batches, in pieces and token by token.
+
+    Args:
+        files: texts, see `PerplexityOptions.files`.
+        samples: sequences cut from them.
+        tokens: length of the longest; the shortest has half as many.
+        piece: tokens of a forward pass where sequences are read in pieces.
+        batch_size: sequences of a batch.
+        new_tokens: of the greedy continuations.
+    """
+
+    files: list[str]
+    samples: int = 32
+    tokens: int = 128
+    piece: int = 33
+    batch_size: int = 8
+    new_tokens: int = 16
+
+    def __post_init__(self) -> None:
+        if not self.files:
+            raise ValueError("consistency.files is empty, expected at least one path")
+        require_positive(
+            "consistency",
+            samples=self.samples,
+            piece=self.piece,
+            batch_size=self.batch_size,
+            new_tokens=self.new_tokens,
+        )
+        if self.tokens < 4:
+            raise ValueError(f"consistency.tokens must be at least 4, got {self.tokens}")
+
+
+@dataclass(frozen=True)
 class EfficiencyOptions:
     """Speed and memory at every length.
 

@@ -23,6 +23,7 @@ from eval.blocks import (
 )
 from eval.report_header import Glance, check_blocks, glance_blocks, header_blocks
 from eval.report_sections import (
+    consistency_blocks,
     efficiency_blocks,
     efficiency_glance,
     length_blocks,
@@ -33,6 +34,7 @@ from eval.report_sections import (
     zero_shot_blocks,
     zero_shot_glance,
 )
+from eval.ruler.report import ruler_blocks, ruler_glance
 
 RESULTS_FILE = "results.json"
 MARKDOWN_FILE = "report.md"
@@ -45,6 +47,8 @@ REPORTS: dict[str, Callable[[Sequence[Run]], list[Block]]] = {
     "perplexity": perplexity_blocks,
     "length": length_blocks,
     "lm_eval": zero_shot_blocks,
+    "ruler": ruler_blocks,
+    "consistency": consistency_blocks,
     "efficiency": efficiency_blocks,
     "generate": sample_blocks,
 }
@@ -54,6 +58,7 @@ GLANCES: dict[str, Glance] = {
     "perplexity": perplexity_glance,
     "length": length_glance,
     "lm_eval": zero_shot_glance,
+    "ruler": ruler_glance,
     "efficiency": efficiency_glance,
 }
 

@@ -488,6 +488,39 @@ def _efficiency_plot(runs: Sequence[Run]) -> Plot:
     return Plot("efficiency", figure, f"Tokens per second at {ticks} tokens; higher is better.")
 
 
+# --- consistency ------------------------------------------------------------------------------
+
+
+def consistency_blocks(runs: Sequence[Run]) -> list[Block]:
+    """Whether a model answers alike however it is asked."""
+    names = dict.fromkeys(
+        c["name"] for run in runs for c in run.results["consistency"]["comparisons"]
+    )
+    rows: list[list[str | Cell]] = []
+    for name in names:
+        cells: list[str | Cell] = []
+        for run in runs:
+            every = run.results["consistency"]["comparisons"]
+            c = next(c for c in every if c["name"] == name)
+            note = f"n = {c['tokens']:,} tokens, allowed {c['tolerance']:g}"
+            cells.append(Cell(f"{c['difference']:.1e}", 1.0 if c["passed"] else 0.0, note))
+        rows.append([name, *cells])
+    generations = [run.results["consistency"]["generation"] for run in runs]
+    equal = [
+        Cell(f"{g['equal']} of {g['prompts']} equal", g["equal"] / g["prompts"])
+        for g in generations
+    ]
+    rows.append(["greedy continuations, batch against single", *equal])
+    section = runs[0].results["consistency"]
+    caption = (
+        f"Largest difference in nats of a token's log-probability from that of one whole pass, "
+        f"over {section['samples']} sequences; tinted where it is more than rounding "
+        f"({section['comparisons'][0]['tolerance']:g} nats) explains. Continuations may part by "
+        "rounding alone where two tokens are equally likely."
+    )
+    return [Heading("Consistency"), Table(["", *beside("difference", runs)], rows, caption)]
+
+
 # --- samples ----------------------------------------------------------------------------------
 
 

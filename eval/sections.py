@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerFast
 
 from eval.blocks import Results
+from eval.consistency import run_consistency
 from eval.documents import read_documents, sha256
 from eval.efficiency import run_efficiency
 from eval.generate import generate_samples
@@ -21,6 +22,7 @@ from eval.lengths import run_length
 from eval.model import LoadedModel, require_eos
 from eval.ngram import SEPARATOR, ByteNgram, bits_per_byte, read_seen_tokens
 from eval.options import (
+    ConsistencyOptions,
     EfficiencyOptions,
     GenerateOptions,
     LengthOptions,
@@ -76,7 +78,9 @@ def check_ngram(options: NgramOptions, suite: Suite, tokenizer: PreTrainedTokeni
     read_seen_tokens(options.seen_tokens)
 
 
-def check_length(options: LengthOptions, suite: Suite, tokenizer: PreTrainedTokenizerFast) -> None:
+def check_files(
+    options: LengthOptions | ConsistencyOptions, suite: Suite, tokenizer: PreTrainedTokenizerFast
+) -> None:
     for file in options.files:
         read_documents(file)
 
@@ -159,6 +163,12 @@ def run_length_section(loaded: LoadedModel, options: LengthOptions, job: Job) ->
     return run_length(loaded, options, store)
 
 
+def run_consistency_section(
+    loaded: LoadedModel, options: ConsistencyOptions, job: Job
+) -> dict[str, Any]:
+    return run_consistency(loaded, options)
+
+
 def run_efficiency_section(
     loaded: LoadedModel, options: EfficiencyOptions, job: Job
 ) -> dict[str, Any]:
@@ -195,9 +205,10 @@ def run_ruler_section(loaded: LoadedModel, options: RulerOptions, job: Job) -> d
 SECTIONS = {
     "perplexity": Section(check_perplexity, run_perplexity),
     "ngram": Section(check_ngram, run_ngram),
-    "length": Section(check_length, run_length_section),
+    "length": Section(check_files, run_length_section),
     "lm_eval": Section(check_zero_shot, run_zero_shot),
     "ruler": Section(check_ruler_section, run_ruler_section),
+    "consistency": Section(check_files, run_consistency_section),
     "efficiency": Section(check_efficiency, run_efficiency_section),
     "generate": Section(check_generate, run_generate),
 }

@@ -17,6 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from eval.options import (
+    ConsistencyOptions,
     EfficiencyOptions,
     GenerateOptions,
     LengthOptions,
@@ -42,8 +43,8 @@ class Suite:
         seed: of every sampled generation.
         training_length: tokens of a row in training, for marks in plots; None takes it from the
             config.yaml of the run that the model is part of, else the limit in the model's config.
-        perplexity, ngram, length, lm_eval, ruler, efficiency, generate: the evaluations, each
-            optional.
+        perplexity, ngram, length, lm_eval, ruler, consistency, efficiency, generate: the
+            evaluations, each optional.
     """
 
     variables: dict[str, str] = field(default_factory=dict)
@@ -57,6 +58,7 @@ class Suite:
     length: LengthOptions | None = None
     lm_eval: LmEvalOptions | None = None
     ruler: RulerOptions | None = None
+    consistency: ConsistencyOptions | None = None
     efficiency: EfficiencyOptions | None = None
     generate: GenerateOptions | None = None
 

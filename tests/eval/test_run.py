@@ -92,6 +92,7 @@ perplexity: {{files: [{run_dir}/heldout.jsonl], window: 32, stateful: false}}
 length: {{files: [{run_dir}/heldout.jsonl], windows: [16, 32, 512], last: 8, places: 2, block: 64,
   bucket: 16, chunk: 16}}
 lm_eval: {{tasks: {{piqa: {run_dir}/piqa.jsonl}}}}
+consistency: {{files: [{run_dir}/heldout.jsonl], samples: 3, tokens: 16}}
 efficiency: {{lengths: [8, 32], batch_sizes: [1, 2], new_tokens: 2, warmup: 1, repeats: 2}}
 generate: {{prompts: ["x"], max_new_tokens: 4, do_sample: false}}
 """
@@ -104,7 +105,9 @@ generate: {{prompts: ["x"], max_new_tokens: 4, do_sample: false}}
         arguments = ["--model", str(model), "--suite", str(suite), "--output", str(outputs[-1])]
         assert main(arguments) == 0
     results = json.loads((outputs[0] / "results.json").read_text())
-    assert {"perplexity", "length", "lm_eval", "efficiency", "generate"} < set(results)
+    assert {"perplexity", "length", "lm_eval", "consistency", "efficiency", "generate"} < set(
+        results
+    )
     assert "ngram" not in results
     assert results["header"]["training_length"] == 64
     assert results["header"]["command"].startswith("python -m eval.run --model")
