@@ -13,7 +13,8 @@ bf16, values stored in bf16: twice the error of the torch path fed the same bf16
 bf16, values stored in fp32 (weight gradients, states): the torch path computes in fp32, so its
     error says nothing; matrix units multiply bf16 operands. The bound is twice what the value
     moves when every operand is rounded to bf16 once more: expected values of inputs and output
-    gradients that are each changed by a random half unit in the last place.
+    gradients that are each changed by a random half unit in the last place. Of several such draws
+    the largest counts: of a handful of values, a gradient of a bias say, each draw is luck.
 """
 
 import argparse
@@ -60,6 +61,7 @@ LONG: Row = {
 SEQUENTIAL_UP_TO = 1000
 # Inputs without a time dimension are fp32 in every model, but for the convolution's.
 FP32_INPUTS = ("A", "D", "dt_bias", "initial_state")
+DRAWS = 3
 # What rounding to bf16 is expected to cost, relative, over many values.
 ROUNDING = 1.66e-3
 INTEGERS = ("seq_idx", "cu_seqlens", "mask", "targets")
@@ -143,7 +145,7 @@ def _draw_selective_scan(row: Row, generator: torch.Generator) -> Inputs:
 
 
 def _draw_conv(row: Row, generator: torch.Generator) -> Inputs:
-    taps, channels = {16: 4, 64: 2, 128: 3, 256: 4}[row["N"]], row["P"] * row["G"] + 8
+    taps, channels = {64: 2, 128: 3}.get(row["N"], 4), row["P"] * row["G"] + 8
     packing = _packing(row, generator)
     inputs = {
         "x": _randn(generator, row["B"], row["T"], channels),
@@ -361,12 +363,18 @@ def check(
         assert torch.equal(value, again[name]), f"{name} differs between two equal runs"
     expected = expect(operator, row, inputs, cotangents)
     reference, _ = evaluate(torch_path, inputs, cotangents)
-    moved: dict[str, Tensor] = {}
+    moved: dict[str, float] = {}
     if row["dtype"] == "bfloat16":
         generator = torch.Generator(device).manual_seed(2)
-        noisy = {n: v if n in INTEGERS else _rounded_again(v, generator) for n, v in inputs.items()}
-        noisy_cotangents = [_rounded_again(c, generator) for c in cotangents]
-        moved, _ = evaluate(torch_path, noisy, noisy_cotangents, torch.float64)
+        for _ in range(DRAWS):
+            noisy = {
+                n: v if n in INTEGERS else _rounded_again(v, generator) for n, v in inputs.items()
+            }
+            noisy_cotangents = [_rounded_again(c, generator) for c in cotangents]
+            values, _ = evaluate(torch_path, noisy, noisy_cotangents, torch.float64)
+            for name, value in values.items():
+                error = relative_error(value, expected[name])
+                moved[name] = max(moved.get(name, 0.0), error)
     found = {}
     for name, value in got.items():
         assert value.dtype == reference[name].dtype, f"{name} is {value.dtype}"
@@ -376,7 +384,7 @@ def check(
         if row["dtype"] == "float32":
             bound = max(1e-5, 2 * theirs)
         elif value.dtype == torch.float32:
-            bound = 2 * max(theirs, relative_error(moved[name], expected[name]))
+            bound = 2 * max(theirs, moved[name])
         else:
             bound = 2 * theirs
         error = relative_error(value, expected[name])

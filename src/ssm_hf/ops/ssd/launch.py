@@ -81,12 +81,11 @@ class _Launch(NamedTuple):
     def blocks(self) -> tuple[int, int]:
         """Channels and states of a tile that holds a whole head, powers of two.
 
-        With Triton 3.6 on Hopper, products of fewer than 64 rows lead to invalid memory accesses,
-        and fp32 ones of fewer than 64 columns to wrong results.
+        With Triton 3.6 on Hopper, products with a side below 64 lead to invalid memory accesses or
+        to wrong results.
         """
-        rows = 16 if common.architecture(self.device) == "cpu" else 64
-        columns = rows if self.wide else 16
-        return max(_block(self.head_dim), rows), max(_block(self.states), columns)
+        least = 16 if common.architecture(self.device) == "cpu" else 64
+        return max(_block(self.head_dim), least), max(_block(self.states), least)
 
     def options(self, kernel: str) -> dict[str, Any]:
         """Tuned options, with blocks no larger than a head."""
