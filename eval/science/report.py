@@ -1,175 +1,216 @@
-"""Results -> science.json, report.md with a plot for each experiment, and a table to print."""
+"""What a science suite's results show: the blocks of its report, and its files."""
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from eval.blocks import (
+    Block,
+    Cell,
+    Heading,
+    Plot,
+    Table,
+    Text,
+    to_html,
+    to_markdown,
+    write_plots,
+)
+from eval.plots import finish, line, new_figure
 
 Values = dict[str, Any]
 
+SHADES = {"confirmed": 1.0, "not confirmed": 0.0, "not decided": 0.5, "not tested": None}
+
 
 def write_report(results: Values, directory: Path) -> list[Path]:
-    """Write science.json, report.md and one SVG for each experiment that has results."""
+    """Write science.json, report.html, report.md and the plots; returns the files."""
     files = render(results, directory)
     data = directory / "science.json"
-    data.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    data.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return [data, *files]
 
 
 def render(results: Values, directory: Path) -> list[Path]:
-    """Write report.md and the plots from the values of a science.json."""
+    """Write report.html, report.md and the plots from the values of a science.json."""
     directory.mkdir(parents=True, exist_ok=True)
-    plots = {
-        name: _plot(name, experiment, directory)
-        for name, experiment in results["experiments"].items()
-        if any(model["runs"] for model in experiment["models"].values())
-    }
-    report = directory / "report.md"
-    report.write_text(markdown(results, plots), encoding="utf-8")
-    return [report, *plots.values()]
+    blocks, title = report_blocks(results), results["header"]["title"]
+    page, report = directory / "report.html", directory / "report.md"
+    made = "Made by `python -m eval.science` from science.json alone."
+    page.write_text(to_html(title, blocks, made), encoding="utf-8")
+    report.write_text(to_markdown([Heading(title, 1), *blocks], "plots"), encoding="utf-8")
+    return [page, report, *write_plots(blocks, directory / "plots")]
 
 
-# --- text -----------------------------------------------------------------------------------------
-
-
-def markdown(results: Values, plots: dict[str, Path]) -> str:
-    """The report for people."""
-    header = results["header"]
-    lines = [f"# {header['title']}", ""]
-    lines += _table(("", ""), header_rows(header))
-    lines += ["", "## Claims", ""]
-    lines += [
-        "A verdict needs an effect beyond its resolution, the smallest that these seeds and test",
-        "samples could have shown (95 %); within it the claim is not decided. Numbers are means",
-        "over seeds at the model's best learning rate, with each seed in brackets.",
-        "",
-    ]
-    lines += _table(("claim", "expected", "found", "verdict"), claim_rows(results))
-    if results["controls"]:
-        lines += ["", "## Controls", ""]
-        lines += _table(
-            ("control", "expected", "runs as expected", "verdict"), control_rows(results)
-        )
-    lines += ["", "## Experiments"]
-    for name, experiment in results["experiments"].items():
-        lines += _experiment(name, experiment, plots.get(name))
-    for title, rows in (
-        (
-            "Failed runs",
-            [f"{row['run']}: {row['error'].splitlines()[0]}" for row in results["failures"]],
+def report_blocks(results: Values) -> list[Block]:
+    """The whole report."""
+    blocks = [Table(("", ""), header_rows(results["header"]), prose=True)]
+    blocks += [
+        Heading("Claims"),
+        Table(
+            ("claim", "expected", "found", "verdict"),
+            [_claim_row(claim) for claim in results["claims"]],
+            "Numbers are means over seeds at the model's best learning rate, each seed in "
+            "brackets. An effect counts beyond the smallest that these seeds and test samples "
+            "could have shown (95 %: Student's t over seeds, Wilson over samples); within it "
+            "nothing is decided.",
+            prose=True,
         ),
-        ("Runs whose inputs or memory are not as they should be", _flagged_lines(results)),
-        ("Not run", results["unfinished"]),
+    ]
+    if results["controls"]:
+        rows = [_control_row(row) for row in results["controls"]]
+        columns = ("control", "expected", "runs as expected", "verdict")
+        blocks += [Heading("Controls"), Table(columns, rows, prose=True)]
+    blocks.append(Heading("Experiments"))
+    for name, experiment in results["experiments"].items():
+        blocks += _experiment_blocks(name, experiment)
+    for title, rows in (
+        ("Failed runs", [(f["run"], f["error"].splitlines()[0]) for f in results["failures"]]),
+        ("Runs that read or forget what they must not", _flagged_rows(results)),
+        ("Not run", [(run, "") for run in results["unfinished"]]),
     ):
         if rows:
-            lines += ["", f"## {title}", "", *(f"- {row}" for row in rows)]
-    return "\n".join(lines) + "\n"
+            blocks += [Heading(title), Table(("run", ""), rows, prose=True)]
+    return blocks
 
 
 def header_rows(header: Values) -> list[tuple[str, str]]:
     """What the numbers depend on, as (name, value)."""
     runs = header["runs"]
     rows = [
-        ("suite", f"{header['suite']} (sha256 {header['suite_sha256'][:16]})"),
+        ("suite", f"`{header['suite']}`, sha256 {header['suite_sha256'][:16]}"),
         ("device", header["device"]),
         (
             "runs",
-            f"{runs['finished']} finished, {runs['failed']} failed, {runs['planned']} planned",
+            f"{runs['finished']} finished, {runs['failed']} failed, {runs['planned']} planned; "
+            f"{header['workers']} at once",
         ),
-        ("workers", f"{header['workers']} at once"),
         (
             "time",
-            f"{header['minutes']:.1f} minutes in this call, {header['run_minutes']:.1f} in runs",
+            f"{header['minutes']:.1f} minutes in this call, {header['run_minutes']:.1f} in all "
+            "finished runs together",
         ),
         ("date", header["date"]),
-        ("versions", ", ".join(f"{k} {v}" for k, v in header["versions"].items())),
+        ("versions", ", ".join(f"{name} {of}" for name, of in header["versions"].items())),
     ]
     return rows + ([("budget", header["budget"])] if header["budget"] else [])
 
 
-def claim_rows(results: Values) -> list[tuple[str, ...]]:
-    """(claim and source, expected, checks with resolution, verdict)."""
-    rows = []
-    for claim in results["claims"]:
-        found = [_check_text(check) for check in claim["checks"]] or [claim["why_not"]]
-        rows.append(
-            (
-                f"{claim['claim']} ({claim['source']})",
-                claim["shape"],
-                "<br>".join(found),
-                f"**{claim['verdict']}**",
-            )
-        )
-    return rows
+# --- claims and controls --------------------------------------------------------------------------
 
 
-def _check_text(check: Values) -> str:
+def _claim_row(claim: Values) -> tuple[str | Cell, ...]:
+    found = [check_text(check) for check in claim["checks"]] or [claim["why_not"]]
+    text = f"{claim['claim']} ({claim['source']})"
+    return text, claim["shape"], "; ".join(found), _verdict(claim["verdict"])
+
+
+def check_text(check: Values) -> str:
+    """One comparison: numbers, effect, and the smallest that could have been seen."""
     if check["effect"] is None:
         return check["text"]
-    seen = "one seed: no resolution"
+    seen = "one seed has no resolution"
     if check["resolution"] is not None:
         seen = f"effect {check['effect']:+.3f}, smallest to be seen {check['resolution']:.3f}"
     return f"{check['text']}: {seen}, {check['verdict']}"
 
 
-def control_rows(results: Values) -> list[tuple[str, ...]]:
-    """(control, expected, runs as expected of all, verdict)."""
-    return [
-        (
-            row["control"],
-            row["expected"],
-            f"{row['as_expected']} of {row['runs']}",
-            f"**{row['verdict']}**",
-        )
-        for row in results["controls"]
-    ]
+def _control_row(row: Values) -> tuple[str | Cell, ...]:
+    count = f"{row['as_expected']} of {row['runs']}"
+    return row["control"], row["expected"], count, _verdict(row["verdict"])
 
 
-def _flagged_lines(results: Values) -> list[str]:
-    lines = []
+def _verdict(verdict: str) -> Cell:
+    return Cell(f"**{verdict}**", SHADES[verdict])
+
+
+def _flagged_rows(results: Values) -> list[tuple[str, str]]:
+    rows = []
     for row in results["flagged"]:
         says = []
         if row["leaks"]:
             worst = max(row["follows_labels"], row["sees_ahead"])
-            says.append(f"reads what it must not ({worst:.0%} of its answers change)")
+            says.append(f"reads what it must not: {worst:.0%} of its answers change")
         if row["wiped"]:
             says.append(f"nothing older than {row['reach']} tokens reaches its outputs")
-        lines.append(f"{row['run']}: {', '.join(says)}")
-    return lines
+        rows.append((row["run"], "; ".join(says)))
+    return rows
 
 
-def _experiment(name: str, experiment: Values, plot: Path | None) -> list[str]:
-    metric = experiment["metric"]
-    over = experiment["vary"] or "length"
-    lines = ["", f"### {name}", ""]
-    options = ", ".join(f"{key} {value}" for key, value in experiment["options"].items())
-    lines.append(
-        f"Task {experiment['task']}{f' ({options})' if options else ''}, trained on lengths "
-        f"{', then '.join(experiment['lengths'])}. {experiment['note']}".strip()
+def summary(results: Values) -> str:
+    """The verdicts, for a terminal."""
+    lines = []
+    for row in results["claims"]:
+        lines.append(f"{row['verdict'].upper():14} {row['claim']} ({row['source']})")
+        lines.append(f"{'':14}   expected: {row['shape']}")
+        lines += [f"{'':14}   {check_text(check)}" for check in row["checks"]]
+        if row["why_not"]:
+            lines.append(f"{'':14}   {row['why_not']}")
+    for row in results["controls"]:
+        count = f"{row['as_expected']} of {row['runs']} runs"
+        verdict = row["verdict"].upper()
+        lines.append(f"{verdict:14} control: {row['control']}: {row['expected']}, {count}")
+    runs = results["header"]["runs"]
+    counts = (
+        f"{runs['finished']} runs finished",
+        f"{runs['failed']} failed",
+        f"{runs['planned']} planned",
     )
-    lines += ["", f"{metric} accuracy over {over}, mean ± standard deviation over seeds:", ""]
+    lines.append(", ".join(counts))
+    lines += [f"failed: {f['run']}: {f['error'].splitlines()[0]:.160}" for f in results["failures"]]
+    return "\n".join(lines)
+
+
+# --- experiments ----------------------------------------------------------------------------------
+
+
+def _experiment_blocks(name: str, experiment: Values) -> list[Block]:
+    metric, over = experiment["metric"], experiment["vary"] or "length"
+    options = ", ".join(f"{key} {value}" for key, value in experiment["options"].items())
+    text = (
+        f"Task `{experiment['task']}`{f' ({options})' if options else ''}, trained on lengths "
+        f"{', then '.join(experiment['lengths'])}. {experiment['note']}"
+    )
     columns = ("model", "learning rate", "seeds", *(str(at) for at in experiment["measure"]))
-    rows = []
-    for model, group in experiment["models"].items():
-        if not group["runs"]:
-            rows.append((model, "-", "0", *("-" for _ in experiment["measure"])))
-            continue
-        cells = []
-        for at in experiment["measure"]:
-            values = [run["measure"][str(at)][metric] for run in group["runs"]]
-            cells.append(mean_and_spread(values))
-        rate = f"{group['learning_rate']:g} of {', '.join(group['tried'])}"
-        rows.append((model, rate, str(len(group["runs"])), *cells))
-    lines += _table(columns, rows)
-    if plot is not None:
-        lines += ["", f"![{name}: {metric} accuracy over {over}]({plot.name})"]
-    return lines
+    caption = (
+        f"{METRICS[metric]} over {over}, mean ± standard deviation over seeds; "
+        f"{experiment['samples']} test samples a seed."
+    )
+    rows = [_model_row(model, group, experiment) for model, group in experiment["models"].items()]
+    blocks: list[Block] = [Heading(name, 3), Text(text.strip()), Table(columns, rows, caption)]
+    notes = [
+        (model, group["note"]) for model, group in experiment["models"].items() if group["note"]
+    ]
+    if notes:
+        blocks.append(Table(("", ""), notes, prose=True))
+    if any(group["runs"] for group in experiment["models"].values()):
+        blocks.append(Plot(name, _figure(experiment), f"{name}: {METRICS[metric]} over {over}."))
+    return blocks
+
+
+METRICS = {
+    "string": "Samples with all answers right",
+    "token": "Answers right",
+    "last": "Last answers right",
+    "scaled": "Accuracy of answers, 0 = chance",
+    "scaled_last": "Accuracy of the last answer, 0 = chance",
+}
+
+
+def _model_row(model: str, group: Values, experiment: Values) -> tuple[str | Cell, ...]:
+    places, metric = experiment["measure"], experiment["metric"]
+    if not group["runs"]:
+        return (model, "-", "0", *("-" for _ in places))
+    cells = []
+    for at in places:
+        values = [run["measure"][str(at)][metric] for run in group["runs"]]
+        shade = sum(values) / len(values)
+        cells.append(Cell(mean_and_spread(values), shade, ", ".join(f"{v:.3f}" for v in values)))
+    rate = f"{group['learning_rate']:g} of {', '.join(group['tried'])}"
+    return (model, rate, str(len(group["runs"])), *cells)
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
@@ -181,72 +222,23 @@ def mean_and_spread(values: Sequence[float]) -> str:
     return f"{mean:.3f} ± {spread:.3f}"
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    return [line(columns), line(["---"] * len(columns)), *map(line, rows)]
-
-
-def summary(results: Values) -> str:
-    """The verdicts, for a terminal."""
-    lines = []
-    for row in results["claims"]:
-        lines.append(f"{row['verdict'].upper():14} {row['claim']} ({row['source']})")
-        lines.append(f"{'':14}   expected: {row['shape']}")
-        lines += [f"{'':14}   {_check_text(check)}" for check in row["checks"]]
-        if row["why_not"]:
-            lines.append(f"{'':14}   {row['why_not']}")
-    for row in results["controls"]:
-        count = f"{row['as_expected']} of {row['runs']} runs"
-        lines.append(
-            f"{row['verdict'].upper():14} control: {row['control']}: {row['expected']}, {count}"
-        )
-    runs = results["header"]["runs"]
-    lines.append(
-        f"{runs['finished']} runs finished, {runs['failed']} failed, {runs['planned']} planned"
-    )
-    lines += [f"failed: {f['run']}: {f['error'].splitlines()[0]:.160}" for f in results["failures"]]
-    return "\n".join(lines)
-
-
-# --- plots ----------------------------------------------------------------------------------------
-
-
-def _plot(name: str, experiment: Values, directory: Path) -> Path:
-    """Accuracy over length: the mean as a line, each seed as a point, training shaded."""
+def _figure(experiment: Values) -> Figure:
+    """Accuracy over length: the mean as a line, the range of the seeds as a band."""
     metric, places = experiment["metric"], experiment["measure"]
-    figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
-    for number, (model, group) in enumerate(experiment["models"].items()):
+    figure, (axes,) = new_figure()
+    for index, (model, group) in enumerate(experiment["models"].items()):
         if not group["runs"]:
             continue
-        color = f"C{number}"
-        values = [[run["measure"][str(at)][metric] for at in places] for run in group["runs"]]
-        means = [sum(column) / len(column) for column in zip(*values, strict=True)]
-        axes.plot(places, means, color=color, label=model)
-        for line in values:
-            axes.plot(places, line, ".", color=color, markersize=4, alpha=0.6)
-    axes.axvline(experiment["trained_to"], color="gray", linestyle="--", linewidth=1)
-    axes.annotate(
-        "trained to here",
-        (experiment["trained_to"], 1.0),
-        xycoords=("data", "axes fraction"),
-        xytext=(3, -10),
-        textcoords="offset points",
-        fontsize=8,
-        color="gray",
+        columns = [[run["measure"][str(at)][metric] for run in group["runs"]] for at in places]
+        means = [sum(column) / len(column) for column in columns]
+        low, high = [min(column) for column in columns], [max(column) for column in columns]
+        line(axes, index, model, places, means, low, high)
+    axes.set_ylim(-0.25 if metric.startswith("scaled") else -0.03, 1.03)
+    finish(
+        axes,
+        experiment["vary"] or "length",
+        METRICS[metric],
+        log_x=max(places) >= 4 * min(places),
+        training_length=experiment["trained_to"],
     )
-    if max(places) >= 4 * min(places):
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(places, [str(at) for at in places])
-        axes.minorticks_off()
-    axes.set_ylim(-0.05 if not metric.startswith("scaled") else -0.2, 1.05)
-    axes.set_xlabel(experiment["vary"] or "length")
-    axes.set_ylabel(f"{metric} accuracy")
-    axes.set_title(f"{name}: {experiment['task']}")
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
-    path = directory / f"{name}.svg"
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
-    return path
+    return figure

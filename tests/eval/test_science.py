@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+from eval.blocks import to_markdown
 from eval.science import controls
 from eval.science.measure import (
     LeakedLabels,
@@ -19,7 +20,7 @@ from eval.science.measure import (
     targets,
 )
 from eval.science.plan import Plan
-from eval.science.report import markdown, mean_and_spread, render, summary, write_report
+from eval.science.report import mean_and_spread, render, report_blocks, summary, write_report
 from eval.science.results import collect
 from eval.science.suite import Reference, ScienceSuite, load_science_suite, merged
 from eval.science.verdicts import (
@@ -615,6 +616,10 @@ HEADER = {
 }
 
 
+def markdown(results) -> str:
+    return to_markdown(report_blocks(results), "plots")
+
+
 def filled(tmp_path, **changes):
     plan = Plan(suite_of(**changes), tmp_path)
     for name in ("small", "again"):
@@ -631,16 +636,18 @@ def test_results_and_report(tmp_path) -> None:
     assert [row["verdict"] for row in results["controls"]] == ["confirmed"] * 3
     assert len(results["unfinished"]) == 3  # of the model "wide", its one learning rate
     files = write_report(results, tmp_path / "report")
-    assert {file.name for file in files} == {"science.json", "report.md", "copy.svg"}
+    names = [file.name for file in files]
+    assert names == ["science.json", "report.html", "report.md", "copy.svg"]
     stored = json.loads(files[0].read_text())
-    assert render(stored, tmp_path / "again")[0].read_text() == files[1].read_text()
-    text = files[1].read_text()
+    assert render(stored, tmp_path / "again")[1].read_text() == files[2].read_text()
+    assert "smallest to be seen" in files[1].read_text()
+    text = files[2].read_text()
     for part in (
         "| it copies (nobody) | much |",
         "smallest to be seen",
         "**confirmed**",
         "not here",
-        "![copy: string accuracy over length](copy.svg)",
+        "(plots/copy.svg)",
         "1.000 ± 0.000",
         "## Not run",
         "copy/wide/lr0.5/seed0",
@@ -656,7 +663,7 @@ def test_what_has_not_run_is_not_tested(tmp_path) -> None:
     results = collect(Plan(suite_of(), tmp_path), HEADER)
     assert {claim["verdict"] for claim in results["claims"]} == {"not tested"}
     assert {row["verdict"] for row in results["controls"]} == {"not tested"}
-    assert "no finished run" in markdown(results, {})
+    assert "no finished run" in markdown(results)
 
 
 def test_a_leak_voids_what_it_touches(tmp_path) -> None:
@@ -673,7 +680,7 @@ def test_a_leak_voids_what_it_touches(tmp_path) -> None:
     ]
     assert "reads what it must not" in results["claims"][1]["checks"][0]["text"]
     assert len(results["flagged"]) == 4
-    assert "30% of its answers change" in markdown(results, {})
+    assert "30% of its answers change" in markdown(results)
 
 
 def test_a_control_that_is_not_seen_fails(tmp_path) -> None:
@@ -687,8 +694,8 @@ def test_a_control_that_is_not_seen_fails(tmp_path) -> None:
 def test_failures_are_reported(tmp_path) -> None:
     plan = Plan(suite_of(), tmp_path)
     plan.settle(plan.groups["copy", "small"], (0.1, 0), "RuntimeError: it fell over\nat line 3")
-    text = markdown(collect(plan, HEADER), {})
-    assert "- copy/small/lr0.1/seed0: RuntimeError: it fell over\n" in text
+    text = markdown(collect(plan, HEADER))
+    assert "| copy/small/lr0.1/seed0 | RuntimeError: it fell over |" in text
 
 
 def test_mean_and_spread() -> None:
