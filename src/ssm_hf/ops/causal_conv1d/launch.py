@@ -139,13 +139,27 @@ def _backward(
     weight_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias and initial state, each empty where there is none to form."""
-    grads: tuple[Tensor, Tensor, Tensor, Tensor] = _empty_grads(
+    dx, dweight, dbias, dstate = _empty_grads(
         dy, dfinal, x, weight, bias, state, numbers, offsets, order, counts, silu, weight_grad
     )
     gradients_into(
-        *grads, dy, dfinal, x, weight, bias, state, numbers, offsets, order, counts, silu
+        dx,
+        dweight,
+        dbias,
+        dstate,
+        dy,
+        dfinal,
+        x,
+        weight,
+        bias,
+        state,
+        numbers,
+        offsets,
+        order,
+        counts,
+        silu,
     )
-    return grads
+    return dx, dweight, dbias, dstate
 
 
 def gradients_into(

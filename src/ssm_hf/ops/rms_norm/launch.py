@@ -217,7 +217,8 @@ def gradients_into(
             sum_rows_kernel[(-(-partial.shape[1] // options["BLOCK"]),)](
                 partial,
                 dweight,
-                *partial.shape,
+                partial.shape[0],
+                partial.shape[1],
                 **options,  # pyright: ignore[reportArgumentType]
             )
 
