@@ -33,6 +33,7 @@ def check_ruler(options: RulerOptions, prefix: str, tokenizer: PreTrainedTokeniz
     """
     require_eos(tokenizer, "ruler")
     files = SampleFiles(options, tokenizer, int(prefix != "none"))
+    files.check()
     cells = [(task, length) for length in options.lengths for task in options.tasks]
     for task, length in tqdm(cells, desc="ruler samples", unit="cell", disable=_quiet()):
         files.make(task, length)

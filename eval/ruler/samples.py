@@ -13,7 +13,7 @@ from eval.documents import sha256
 from eval.parallel import processes
 from eval.ruler.fit import Frame, Sample, TooShortError, make_frame
 from eval.ruler.options import RulerOptions
-from eval.ruler.sources import NOVEL, WONDERWORDS
+from eval.ruler.sources import WONDERWORDS, read_lines, wonderwords
 from eval.ruler.tasks import TASKS, Maker
 from eval.ruler.tokens import TokenCounter
 
@@ -55,12 +55,29 @@ class SampleFiles:
             english_words=options.english_words,
         )
 
+    def check(self) -> None:
+        """Read everything that samples are made of, before the first is made.
+
+        Raises:
+            FileNotFoundError, ValueError: see the class.
+        """
+        options = self.options
+        tasks = [TASKS[name] for name in options.tasks]
+        if any(task.needles is not None and task.needles.haystack == "essay" for task in tasks):
+            _ = self.maker.haystack
+        for kind in dict.fromkeys(task.questions for task in tasks if task.questions is not None):
+            self.maker.questions(kind)
+        if options.compat:
+            wonderwords("noun")
+        if options.english_words is not None:
+            read_lines(options.english_words)
+
     def key(self, task: str, length: int) -> str:
         """Return 16 hexadecimal digits that identify everything that makes the samples."""
         options, spec = self.options, TASKS[task]
         uses: dict[str, str | None] = {}
         if spec.needles is not None and spec.needles.haystack == "essay":
-            uses = {"haystack": sha256(options.haystack or NOVEL), "splitter": options.splitter}
+            uses = {"haystack": self.maker.haystack.sha256, "splitter": options.splitter}
         if spec.questions is not None:
             source = getattr(options, spec.questions)
             uses["questions"] = sha256(source) if Path(source).is_file() else source
