@@ -107,7 +107,11 @@ def _length_limits(section: dict[str, Any]) -> list[str]:
 
 
 def _ruler_limits(section: dict[str, Any]) -> list[str]:
-    means = [f"{row['mean']:.1f} at {row['length']:,}" for row in section["means"] if row["mean"]]
+    means = [
+        f"{row['mean']:.1f} at {row['length']:,}"
+        for row in section["means"]
+        if row["mean"] is not None
+    ]
     return [f"RULER, mean of {len(section['averaged'])} tasks: {', '.join(means)} tokens."]
 
 

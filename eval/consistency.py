@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from eval.documents import read_documents
+from eval.documents import read_documents, sha256
 from eval.model import LoadedModel
 from eval.options import ConsistencyOptions
 
@@ -61,6 +61,7 @@ def run_consistency(loaded: LoadedModel, options: ConsistencyOptions) -> dict[st
             }
         )
     return {
+        "files": [{"file": file, "sha256": sha256(file)} for file in options.files],
         "samples": len(texts),
         "comparisons": comparisons,
         "generation": _generation(loaded, texts, pad, options),

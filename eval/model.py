@@ -2,6 +2,7 @@
 
 import hashlib
 import platform
+import subprocess
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -145,7 +146,8 @@ def describe_model(name: str, loaded: LoadedModel) -> dict[str, Any]:
     """
     model, config = loaded.model, loaded.model.config
     # Four and eight tokens: both longer than any cache that an implementation rounds up.
-    few, more = (cache_bytes(_cache_of(model, tokens)) for tokens in (4, 8))
+    short, long = (_cache_of(model, tokens) for tokens in (4, 8))
+    few, more = cache_bytes(short), cache_bytes(long)
     per_token = (more - few) // 4
     return {
         "name": name,
@@ -162,6 +164,7 @@ def describe_model(name: str, loaded: LoadedModel) -> dict[str, Any]:
         ),
         "parameters": model.num_parameters(),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "state_dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in _cached(short)}),
         "state_bytes": few - 4 * per_token,
         "state_bytes_per_token": per_token,
         "tokenizer": f"{type(loaded.tokenizer).__name__}, {len(loaded.tokenizer)} tokens, "
@@ -218,12 +221,28 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         machine = f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)"
     return {
         "device": machine,
+        "commit": _commit(),
         "versions": {
             "ssm_hf": ssm_hf.__version__,
             "python": platform.python_version(),
             **{package: version(package) for package in packages},
         },
     }
+
+
+def _commit() -> str | None:
+    """The commit of this checkout, None where it is no git repository."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except FileNotFoundError:  # git is not installed
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
 
 
 def _weights_hash(name: str, model: PreTrainedModel) -> str:
@@ -244,7 +263,11 @@ def _cache_of(model: PreTrainedModel, tokens: int) -> Any:
 
 def cache_bytes(cache: Any) -> int:
     """Return the size of all tensors in a cache (transformers' `Cache` or ours)."""
-    return sum(tensor.nbytes for layer in cache.layers for tensor in _tensors(vars(layer)))
+    return sum(tensor.nbytes for tensor in _cached(cache))
+
+
+def _cached(cache: Any) -> Iterator[torch.Tensor]:
+    return (tensor for layer in cache.layers for tensor in _tensors(vars(layer)))
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
