@@ -5,7 +5,7 @@ so that a wrong value ends the program before any model is loaded.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 def require_positive(section: str, **values: float | None) -> None:
@@ -267,3 +267,43 @@ class GenerateOptions:
                 f"generate.top_k must be >= 0 and generate.top_p <= 1, got {self.top_k} and "
                 f"{self.top_p}"
             )
+
+
+@dataclass(frozen=True)
+class TextTaskOptions:
+    """One task of `text_tasks`.
+
+    Args:
+        task: "phone_book" or "text_copy", see eval/tasks/text.py.
+        lengths: entries of the book, or tokens of the passage.
+        options: of the task; text_copy needs `file`.
+        samples: for each length.
+    """
+
+    task: str
+    lengths: list[int]
+    options: dict[str, Any] = field(default_factory=dict)
+    samples: int = 100
+
+    def __post_init__(self) -> None:
+        if not self.lengths:
+            raise ValueError("text_tasks: lengths is empty, expected at least one")
+        require_positive("text_tasks", samples=self.samples)
+
+
+@dataclass(frozen=True)
+class TextTasksOptions:
+    """Copying and look-up in text, exact answers against length.
+
+    Args:
+        tasks: name in the report -> what it is.
+        batch_tokens: of a forward pass.
+    """
+
+    tasks: dict[str, TextTaskOptions]
+    batch_tokens: int = 16384
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise ValueError("text_tasks.tasks is empty, expected at least one task")
+        require_positive("text_tasks", batch_tokens=self.batch_tokens)

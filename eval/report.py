@@ -35,6 +35,7 @@ from eval.report_sections import (
     zero_shot_glance,
 )
 from eval.ruler.report import ruler_blocks, ruler_glance
+from eval.text_tasks import text_task_blocks, text_task_glance
 
 RESULTS_FILE = "results.json"
 MARKDOWN_FILE = "report.md"
@@ -47,6 +48,7 @@ REPORTS: dict[str, Callable[[Sequence[Run]], list[Block]]] = {
     "perplexity": perplexity_blocks,
     "length": length_blocks,
     "lm_eval": zero_shot_blocks,
+    "text_tasks": text_task_blocks,
     "ruler": ruler_blocks,
     "consistency": consistency_blocks,
     "efficiency": efficiency_blocks,
@@ -58,6 +60,7 @@ GLANCES: dict[str, Glance] = {
     "perplexity": perplexity_glance,
     "length": length_glance,
     "lm_eval": zero_shot_glance,
+    "text_tasks": text_task_glance,
     "ruler": ruler_glance,
     "efficiency": efficiency_glance,
 }

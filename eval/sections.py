@@ -29,6 +29,7 @@ from eval.options import (
     LmEvalOptions,
     NgramOptions,
     PerplexityOptions,
+    TextTasksOptions,
 )
 from eval.perplexity import file_perplexity
 from eval.published import check_published, find_published
@@ -37,6 +38,7 @@ from eval.ruler.runner import check_ruler, run_ruler
 from eval.samples import SampleStore
 from eval.suite import Suite
 from eval.tasks.zero_shot import check_tasks
+from eval.text_tasks import check_text_tasks, run_text_tasks
 
 
 class Job(NamedTuple):
@@ -200,6 +202,16 @@ def run_ruler_section(loaded: LoadedModel, options: RulerOptions, job: Job) -> d
     return run_ruler(loaded, options, job.samples)
 
 
+def check_text_section(
+    options: TextTasksOptions, suite: Suite, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    check_text_tasks(options, tokenizer)
+
+
+def run_text_section(loaded: LoadedModel, options: TextTasksOptions, job: Job) -> dict[str, Any]:
+    return run_text_tasks(loaded, options, job.samples)
+
+
 # In order of execution: a section may use the results of those before it. The names are those of
 # the fields of `Suite`.
 SECTIONS = {
@@ -207,6 +219,7 @@ SECTIONS = {
     "ngram": Section(check_ngram, run_ngram),
     "length": Section(check_files, run_length_section),
     "lm_eval": Section(check_zero_shot, run_zero_shot),
+    "text_tasks": Section(check_text_section, run_text_section),
     "ruler": Section(check_ruler_section, run_ruler_section),
     "consistency": Section(check_files, run_consistency_section),
     "efficiency": Section(check_efficiency, run_efficiency_section),

@@ -24,6 +24,7 @@ from eval.options import (
     LmEvalOptions,
     NgramOptions,
     PerplexityOptions,
+    TextTasksOptions,
     require_positive,
 )
 from eval.ruler.options import RulerOptions
@@ -43,8 +44,8 @@ class Suite:
         seed: of every sampled generation.
         training_length: tokens of a row in training, for marks in plots; None takes it from the
             config.yaml of the run that the model is part of, else the limit in the model's config.
-        perplexity, ngram, length, lm_eval, ruler, consistency, efficiency, generate: the
-            evaluations, each optional.
+        perplexity, ngram, length, lm_eval, text_tasks, ruler, consistency, efficiency, generate:
+            the evaluations, each optional.
     """
 
     variables: dict[str, str] = field(default_factory=dict)
@@ -57,6 +58,7 @@ class Suite:
     ngram: NgramOptions | None = None
     length: LengthOptions | None = None
     lm_eval: LmEvalOptions | None = None
+    text_tasks: TextTasksOptions | None = None
     ruler: RulerOptions | None = None
     consistency: ConsistencyOptions | None = None
     efficiency: EfficiencyOptions | None = None
