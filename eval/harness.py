@@ -228,7 +228,7 @@ class CausalLM(HFLM):
                 self._open.setdefault(key.partition("-")[0], []).append(key)
             try:
                 compute([self._asked[key] for key in left], quiet)
-                continue  # nothing is left
+                break
             except RuntimeError as error:
                 if self.batch_size_per_gpu == 1 or not should_reduce_batch_size(error):
                     raise
@@ -236,6 +236,8 @@ class CausalLM(HFLM):
             clear_device_cache(garbage_collection=True)
             self.batch_size_per_gpu //= 2
             log.warning("out of memory: batches of %d from here on", self.batch_size_per_gpu)
+        if missing := [key for key in mine if key not in self._answers]:
+            raise RuntimeError(f"the harness gave no answer to {self._asked[missing[0]].args!r}")
         self._answers |= gather_object([(key, self._answers[key]) for key in mine])
         return [self._answers[key] for key in keys]
 
