@@ -19,10 +19,10 @@ def ruler_glance(results: Results) -> list[tuple[str, str]]:
     """Return the mean at the shortest and the longest length, and the effective lengths."""
     section = results["ruler"]
     known = [row for row in section["means"] if row["mean"] is not None]
-    count = len(section["averaged"])
+    count = _tasks(len(section["averaged"]))
     shown = [known[0], known[-1]] if len(known) > 1 else known
     rows = [
-        (f"RULER, mean of {count} tasks at {row['length']:,} tokens", f"{row['mean']:.1f}")
+        (f"RULER, mean of {count} at {row['length']:,} tokens", f"{row['mean']:.1f}")
         for row in shown
     ]
     effective = section["effective"]["relative"]["length"]
@@ -42,6 +42,10 @@ def ruler_blocks(runs: Sequence[Run]) -> list[Block]:
             blocks.append(Heading(f"RULER: {run.name}", level=3))
         blocks += _run_blocks(run)
     return blocks
+
+
+def _tasks(count: int | str) -> str:
+    return "1 task" if str(count) == "1" else f"{count} tasks"
 
 
 def _how(runs: Sequence[Run]) -> str:
@@ -70,7 +74,11 @@ def _lengths(runs: Sequence[Run]) -> list[int]:
 
 def _means_table(runs: Sequence[Run]) -> Table:
     """Means by length: of all tasks a column per run; in a report of one run its categories too."""
-    names = [name for name in CATEGORIES if alone(runs)]
+    averaged = {task for run in runs for task in run.results["ruler"]["averaged"]}
+    used = {TASKS[task].category for task in averaged}
+    names = [name for name in CATEGORIES if name in used]
+    if not alone(runs) or len(names) < 2:
+        names = []
     rows = []
     for length in _lengths(runs):
         found = [_means(run, length) for run in runs]
@@ -80,7 +88,7 @@ def _means_table(runs: Sequence[Run]) -> Table:
         rows.append([*row, *(_shaded(categories.get(name)) for name in names)])
     counts = sorted({len(run.results["ruler"]["averaged"]) for run in runs})
     which = " or ".join(map(str, counts))
-    caption = f"Means of the {which} tasks that ran at every length, percent."
+    caption = f"Mean of the {_tasks(which)} that ran at every length, percent."
     return Table(["length", *beside("mean", runs), *names], rows, caption)
 
 

@@ -103,13 +103,16 @@ def read_json(path: str | Path) -> Any:
 
 
 @functools.lru_cache(maxsize=4)
-def load_haystack(path: str | None, splitter: str = "builtin") -> Haystack:
+def load_haystack(
+    path: str | None, splitter: str = "builtin", max_bytes: int | None = None
+) -> Haystack:
     """Read a haystack.
 
     Args:
         path: text file, `.jsonl` with rows {"text"} or `.json` with one {"text"}, plain, `.gz` or
             `.xz`; None is the novel that comes with the project.
         splitter: "builtin" or "punkt".
+        max_bytes: read only this many bytes of text, from its start.
 
     Raises:
         FileNotFoundError: no such file.
@@ -122,7 +125,7 @@ def load_haystack(path: str | None, splitter: str = "builtin") -> Haystack:
         if not isinstance(text, str):
             raise ValueError(f'{file} must hold a JSON object with a string "text"')
     else:
-        text = "\n".join(document.text for document in read_documents(file))
+        text = "\n".join(document.text for document in read_documents(file, max_bytes))
     words = text.split()
     if not words:
         raise ValueError(f"{file} holds no text")

@@ -75,7 +75,7 @@ class Maker:
         counter: of the tokenizer.
         frame: around every prompt.
         seed: samples are a function of it, the task, the length and their number.
-        haystack: file of the running text, or None for the novel that comes with the project.
+        haystack: file of the running text, the text itself, or None for the project's novel.
         splitter: "builtin" or "punkt", what finds its sentences.
         squad, hotpotqa: sources of the questions, see `load_questions`.
         compat: as NVIDIA's scripts do, with the words of wonderwords.
@@ -89,8 +89,8 @@ class Maker:
         counter: TokenCounter,
         frame: Frame,
         *,
-        seed: int,
-        haystack: str | None = None,
+        seed: int | str,
+        haystack: str | Haystack | None = None,
         splitter: str = "builtin",
         squad: str = "",
         hotpotqa: str = "",
@@ -107,6 +107,8 @@ class Maker:
 
     @cached_property
     def haystack(self) -> Haystack:
+        if isinstance(self._haystack, Haystack):
+            return self._haystack
         return load_haystack(self._haystack, self._splitter)
 
     @cached_property
