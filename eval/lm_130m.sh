@@ -71,7 +71,7 @@ case $stage in
 esac
 if [ "$stage" = needles ] && [ ! -f "$runs/needles.jsonl" ]; then
   "$python" -m eval.ruler.training --tokenizer "$data/tokenizers/gpt_neox_20b/tokenizer.json" \
-    --output "$runs/needles.jsonl"
+    --haystack "$data/corpora/books_train-00-of-02.jsonl.xz" --output "$runs/needles.jsonl"
 fi
 failed=0 waiting=()
 for i in "${!models[@]}"; do
