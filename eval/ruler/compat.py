@@ -17,9 +17,10 @@ from eval.ruler import templates
 from eval.ruler.chains import HOPS, assignments
 from eval.ruler.counting import COMMON, LONG, LONG_FROM, SHORT, FrequentWords, zeta_counts
 from eval.ruler.fit import Frame, Sample, TooShortError, depths_of
-from eval.ruler.needles import NOISE, Kind, NeedleSpec, draw
+from eval.ruler.needles import NOISE, draw
 from eval.ruler.questions import QuestionSet
 from eval.ruler.sources import Haystack, SortedPairs
+from eval.ruler.specs import Kind, NeedleSpec
 from eval.ruler.templates import Wording
 from eval.ruler.tokens import TokenCounter
 

@@ -4,16 +4,15 @@ import uuid
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from random import Random
-from typing import Literal, NamedTuple
 
 import numpy as np
 
 from eval.ruler import templates
 from eval.ruler.fit import Plan
 from eval.ruler.sources import Haystack
+from eval.ruler.specs import Kind, NeedleSpec
 from eval.ruler.tokens import TokenCounter
 
-Kind = Literal["numbers", "words", "uuids"]
 NOISE = (
     "The grass is green.",
     "The sky is blue.",
@@ -21,23 +20,6 @@ NOISE = (
     "Here we go.",
     "There and back again.",
 )
-
-
-class NeedleSpec(NamedTuple):
-    """What a needle task hides and asks.
-
-    Args:
-        haystack: "noise", "essay" (running text) or "needle".
-        key, value: kinds of both.
-        keys, values, queries: how many keys are hidden, values for each, and keys asked for.
-    """
-
-    haystack: Literal["noise", "essay", "needle"]
-    key: Kind
-    value: Kind
-    keys: int = 1
-    values: int = 1
-    queries: int = 1
 
 
 def draw(rng: Random, kind: Kind, word: Callable[[Random], str]) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from eval.options import require_positive
-from eval.ruler.tasks import TASKS
+from eval.ruler.specs import TASKS
 
 SHORTEST = 512
 

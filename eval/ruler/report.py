@@ -9,7 +9,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from eval.blocks import THIS, Block, Cell, Heading, Plot, Results, Run, Table, Text
 from eval.plots import INK, SOFT, finish, line, new_figure, short_length
 from eval.report_header import alone, beside, number
-from eval.ruler.tasks import CATEGORIES, TASKS
+from eval.ruler.specs import CATEGORIES, TASKS
 
 # Bad to good; legible with black and with white text, and without colour.
 SHADES = LinearSegmentedColormap.from_list("scores", ["#c1582b", "#f2e8d8", "#1f5a7a"])
@@ -138,13 +138,13 @@ def _run_blocks(run: Run) -> list[Block]:
     section = run.results["ruler"]
     lengths = sorted(section["options"]["lengths"])
     cells = {(cell["task"], cell["length"]): cell for cell in section["cells"]}
-    left_out = {tuple(pair) for pair in section["left_out"]}
+    left_out = {(out["task"], out["length"]): out["reason"] for out in section["left_out"]}
     rows = []
     for task in section["options"]["tasks"]:
         row: list[str | Cell] = [task]
         for length in lengths:
             if (task, length) in left_out:
-                row.append(Cell("too short", note="the task does not fit in this length"))
+                row.append(Cell("not run", note=left_out[task, length]))
             else:
                 row.append(_score_cell(cells[task, length]))
         rows.append(row)
@@ -156,6 +156,9 @@ def _run_blocks(run: Run) -> list[Block]:
         ),
         _detail_table(section),
     ]
+    if left_out:
+        why = [[task, f"{length:,}", reason] for (task, length), reason in left_out.items()]
+        blocks.append(Table(("task", "length", "why"), why, "Not run", prose=True))
     plot = _depth_plot(run, lengths)
     return [*blocks, plot] if plot else blocks
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from eval.ruler.options import RulerOptions
 from eval.ruler.scoring import clean, wilson
-from eval.ruler.tasks import CATEGORIES, TASKS
+from eval.ruler.specs import CATEGORIES, TASKS
 
 # Of Llama-2-7B-chat at 4096 tokens; a model is effective at lengths where its mean is above it.
 THRESHOLD = 85.6
@@ -19,12 +19,18 @@ Judged = Mapping[str, Any]
 Cells = Mapping[tuple[str, int], Sequence[Judged]]
 
 
-def summarise(options: RulerOptions, cells: Cells, texts: Mapping[str, str]) -> dict[str, Any]:
+def summarise(
+    options: RulerOptions,
+    cells: Cells,
+    left_out: Mapping[tuple[str, int], str],
+    texts: Mapping[str, str],
+) -> dict[str, Any]:
     """Sum up a run.
 
     Args:
         options: of the section.
-        cells: (task, length) -> judged samples; cells that were left out are missing.
+        cells: (task, length) -> judged samples.
+        left_out: (task, length) of all others -> why they did not run.
         texts: what the samples were made of, for the record.
 
     Returns:
@@ -33,12 +39,13 @@ def summarise(options: RulerOptions, cells: Cells, texts: Mapping[str, str]) -> 
         `cells`: one per task and length: score in percent with its 95 % interval, samples, share of
         empty outputs, tokens of the prompts, fill of the length, for needle tasks the scores by
         depth and the depths of what was missed;
-        `left_out`: [task, length] that did not fit;
-        `means`: per length the mean of the tasks that ran at every length, and of each category;
+        `left_out`: task, length and reason of the cells that did not run;
+        `means`: per length the mean of the tasks that ran at every length, and of each category
+        (lengths at which nothing ran have none);
         `averaged`: these tasks;
         `effective`: see `effective_lengths`; `weighted`: see `weighted_means`.
     """
-    lengths = sorted(options.lengths)
+    lengths = [n for n in sorted(options.lengths) if any(length == n for _, length in cells)]
     done = [_cell(task, length, samples) for (task, length), samples in cells.items()]
     averaged = [t for t in options.tasks if all((t, length) in cells for length in lengths)]
     score = {(cell["task"], cell["length"]): cell["score"] for cell in done}
@@ -62,10 +69,8 @@ def summarise(options: RulerOptions, cells: Cells, texts: Mapping[str, str]) -> 
         "texts": dict(texts),
         "cells": done,
         "left_out": [
-            [task, length]
-            for task in options.tasks
-            for length in lengths
-            if (task, length) not in cells
+            {"task": task, "length": length, "reason": reason}
+            for (task, length), reason in left_out.items()
         ],
         "averaged": averaged,
         "means": means,

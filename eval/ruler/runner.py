@@ -1,5 +1,6 @@
 """Section `ruler` of a suite: checks, answers of the model, results."""
 
+import functools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from eval.limits import NotPossible, attempt, check_positions
 from eval.model import LoadedModel, require_eos
 from eval.parallel import finish, processes
 from eval.ruler.fit import Sample
@@ -17,7 +19,7 @@ from eval.ruler.results import summarise
 from eval.ruler.samples import SampleFiles
 from eval.ruler.scoring import found, score
 from eval.ruler.sources import NOVEL
-from eval.ruler.tasks import TASKS
+from eval.ruler.specs import TASKS
 from eval.samples import SampleStore
 
 log = logging.getLogger(__name__)
@@ -36,7 +38,8 @@ def check_ruler(options: RulerOptions, prefix: str, tokenizer: PreTrainedTokeniz
     files.check()
     cells = [(task, length) for length in options.lengths for task in options.tasks]
     for task, length in tqdm(cells, desc="ruler samples", unit="cell", disable=_quiet()):
-        files.make(task, length)
+        if (reason := files.make(task, length)) is not None:
+            log.warning("left out: %s", reason)
 
 
 def run_ruler(loaded: LoadedModel, options: RulerOptions, folder: Path) -> dict[str, Any]:
@@ -52,38 +55,92 @@ def run_ruler(loaded: LoadedModel, options: RulerOptions, folder: Path) -> dict[
     """
     files = SampleFiles(options, loaded.tokenizer, len(loaded.prefix))
     cells: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for length in options.lengths:
+    left_out: dict[tuple[str, int], str] = {}
+    failed: dict[str, str] = {}
+    for length in sorted(options.lengths):
+        try:
+            check_positions(loaded.model, length)
+        except NotPossible as reason:
+            left_out.update({(task, length): str(reason) for task in options.tasks})
+            continue
         for task in options.tasks:
-            if not files.make(task, length):
+            if task in failed:
+                left_out[task, length] = failed[task]
                 continue
-            samples = {str(s.index): s for s in files.read(task, length)}
-            store = SampleStore(
-                folder,
-                model=loaded.identity,
-                section="ruler",
-                task=task,
-                settings={"length": length, "samples": files.key(task, length)},
-            )
+            if (reason := files.make(task, length)) is not None:
+                left_out[task, length] = reason
+                continue
+            samples = _Cell(loaded, files, task, length).finish(folder)
+            reasons = [sample["failed"] for sample in samples if "failed" in sample]
+            if reasons:
+                left_out[task, length] = reasons[0]
+                failed[task] = f"{reasons[0]} at {length:,} tokens"
+            else:
+                cells[task, length] = samples
+    return summarise(options, cells, left_out, _texts(options))
 
-            def work(
-                ids: list[str],
-                task: str = task,
-                length: int = length,
-                samples: dict[str, Sample] = samples,
-            ) -> Iterator[tuple[str, dict[str, Any]]]:
-                todo = [samples[id] for id in ids]
-                label = f"{task} {length}"
-                for sample, prediction in _answer(loaded, options, todo, files, task, label):
-                    yield str(sample.index), _judged(sample, prediction, task)
 
-            cells[task, length] = finish(store, list(samples), work)
-    texts = {"haystack": options.haystack or NOVEL.name}
-    if any(TASKS[task].needles for task in options.tasks):
-        texts["splitter"] = options.splitter
-    for task in options.tasks:
-        if (kind := TASKS[task].questions) is not None:
-            texts[kind] = getattr(options, kind)
-    return summarise(options, cells, texts)
+def _texts(options: RulerOptions) -> dict[str, str]:
+    """Return what the samples of a section are made of."""
+    specs = [TASKS[task] for task in options.tasks]
+    texts = {}
+    if any(spec.needles is not None and spec.needles.haystack == "essay" for spec in specs):
+        texts = {"haystack": options.haystack or NOVEL.name, "splitter": options.splitter}
+    for spec in specs:
+        if spec.questions is not None:
+            texts[spec.questions] = getattr(options, spec.questions)
+    return texts
+
+
+class _Cell:
+    """One task at one length: its samples, answered and judged."""
+
+    def __init__(self, loaded: LoadedModel, files: SampleFiles, task: str, length: int) -> None:
+        self._loaded, self._files, self._options = loaded, files, files.options
+        self._task, self._length = task, length
+        self._samples = {str(sample.index): sample for sample in files.read(task, length)}
+
+    def finish(self, folder: Path) -> list[dict[str, Any]]:
+        """Return all samples, those that are not in the store answered now."""
+        store = SampleStore(
+            folder,
+            model=self._loaded.identity,
+            section="ruler",
+            task=self._task,
+            settings={
+                "length": self._length,
+                "samples": self._files.key(self._task, self._length),
+            },
+        )
+        return finish(store, list(self._samples), self._work)
+
+    def _work(self, ids: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Answer in batches; one too large for the memory is halved, down to one prompt."""
+        options = self._options
+        # The longest first: what does not fit in memory shows at once, and batches are even.
+        queue = sorted((self._samples[id] for id in ids), key=lambda sample: -sample.tokens)
+        size = options.batch_size
+        label = f"{self._task} {self._length}"
+        with tqdm(total=len(queue), desc=label, unit="sample", disable=_quiet()) as bar:
+            while queue:
+                batch = queue[: min(size, max(options.batch_tokens // queue[0].length, 1))]
+                try:
+                    predictions = attempt(functools.partial(self._answer, batch))
+                except NotPossible as reason:
+                    if len(batch) == 1:
+                        yield from ((str(s.index), {"failed": str(reason)}) for s in queue)
+                        return
+                    size = len(batch) // 2
+                    log.warning("%s: %s, going on with batches of %d", label, reason, size)
+                    continue
+                for sample, prediction in zip(batch, predictions, strict=True):
+                    yield str(sample.index), _judged(sample, prediction, self._task)
+                bar.update(len(batch))
+                queue = queue[len(batch) :]
+
+    def _answer(self, batch: list[Sample]) -> list[str]:
+        budget = TASKS[self._task].budget
+        return _generate(self._loaded, self._options, batch, self._files, budget)
 
 
 def _judged(sample: Sample, prediction: str, task: str) -> dict[str, Any]:
@@ -96,36 +153,6 @@ def _judged(sample: Sample, prediction: str, task: str) -> dict[str, Any]:
         "length": sample.length,
         "depths": sample.depths,
     }
-
-
-def _answer(
-    loaded: LoadedModel,
-    options: RulerOptions,
-    samples: list[Sample],
-    files: SampleFiles,
-    task: str,
-    label: str,
-) -> Iterator[tuple[Sample, str]]:
-    """Generate the answers of samples in batches; a batch too large for the memory is halved."""
-    # The longest first: what does not fit in memory shows at once, and batches are even.
-    queue = sorted(samples, key=lambda sample: -sample.tokens)
-    size = options.batch_size
-    with tqdm(total=len(queue), desc=label, unit="sample", disable=_quiet()) as bar:
-        while queue:
-            fitting = max(options.batch_tokens // queue[0].length, 1)
-            batch = queue[: min(size, fitting)]
-            try:
-                predictions = _generate(loaded, options, batch, files, TASKS[task].budget)
-            except torch.cuda.OutOfMemoryError:
-                if len(batch) == 1:
-                    raise
-                size = len(batch) // 2
-                log.warning("%s: out of memory, going on with batches of %d", label, size)
-                torch.cuda.empty_cache()
-                continue
-            yield from zip(batch, predictions, strict=True)
-            bar.update(len(batch))
-            queue = queue[len(batch) :]
 
 
 def _generate(

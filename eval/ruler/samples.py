@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +13,10 @@ from eval.parallel import processes
 from eval.ruler.fit import Frame, Sample, TooShortError, make_frame
 from eval.ruler.options import RulerOptions
 from eval.ruler.sources import WONDERWORDS, read_lines, wonderwords
-from eval.ruler.tasks import TASKS, Maker
+from eval.ruler.specs import TASKS
+from eval.ruler.tasks import Maker
 from eval.ruler.tokens import TokenCounter
 
-log = logging.getLogger(__name__)
 # Of the generators: another number wherever the same settings make other samples.
 VERSION = 1
 
@@ -102,12 +101,11 @@ class SampleFiles:
         """Return where the samples of a task and length are kept."""
         return Path(self.options.cache) / f"{task}-{length}-{self.key(task, length)}.jsonl"
 
-    def make(self, task: str, length: int) -> bool:
+    def make(self, task: str, length: int) -> str | None:
         """Write the samples of a task and length, unless they are there.
 
         Returns:
-            Whether there are any: False where the length is too short and
-            `options.too_short` is "skip".
+            None, or why there are none: the length is too short and `options.too_short` is "skip".
 
         Raises:
             TooShortError: the length is too short, and that is an error.
@@ -116,7 +114,7 @@ class SampleFiles:
         # The other processes find what the first has written.
         with processes().main_process_first():
             if path.exists() and sum(1 for _ in _lines(path)) >= self.options.samples:
-                return True
+                return None
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_name(f"{path.name}.{os.getpid()}")
             try:
@@ -127,11 +125,10 @@ class SampleFiles:
             except TooShortError as error:
                 if self.options.too_short == "error":
                     raise
-                log.warning("left out: %s", error)
-                return False
+                return str(error)
             finally:
                 part.unlink(missing_ok=True)
-        return True
+        return None
 
     def read(self, task: str, length: int) -> list[Sample]:
         """Return the samples of a task and length that `make` has written."""

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from math import sqrt
 
-from eval.ruler.tasks import Metric
+from eval.ruler.specs import Metric
 
 CONTROL = re.compile(r"[\x00-\x1f]")
 Z_95 = 1.959964

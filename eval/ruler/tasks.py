@@ -1,16 +1,14 @@
-"""The thirteen tasks, and the making of their samples."""
+"""The making of samples, task by task."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from random import Random
-from typing import Literal
 
 from eval.ruler import compat
 from eval.ruler.chains import TrackedChain
 from eval.ruler.counting import CommonWords, FrequentWords, choose_repeats
 from eval.ruler.fit import Frame, Plan, Sample, fit
-from eval.ruler.needles import EssayNeedles, Hidden, NeedleNeedles, NeedleSpec, NoiseNeedles, Text
+from eval.ruler.needles import EssayNeedles, Hidden, NeedleNeedles, NoiseNeedles, Text
 from eval.ruler.questions import Questions, load_questions
 from eval.ruler.sources import (
     Haystack,
@@ -21,51 +19,8 @@ from eval.ruler.sources import (
     read_lines,
     wonderwords,
 )
+from eval.ruler.specs import TASKS, Task
 from eval.ruler.tokens import TokenCounter
-
-Metric = Literal["all", "any"]
-
-
-@dataclass(frozen=True)
-class Task:
-    """One task.
-
-    Args:
-        category: "retrieval", "tracking", "aggregation" or "questions".
-        budget: most tokens of an answer.
-        needles: what a needle task hides; None for others.
-        questions: "squad" or "hotpotqa"; None for others.
-        metric: "all" scores the share of the references found, "any" whether one was.
-    """
-
-    category: str
-    budget: int
-    needles: NeedleSpec | None = None
-    questions: str | None = None
-    metric: Metric = "all"
-
-
-def _needles(*spec: str, keys: int = 1, values: int = 1, queries: int = 1) -> Task:
-    needles = NeedleSpec(*spec, keys=keys, values=values, queries=queries)  # pyright: ignore
-    return Task("retrieval", 128, needles=needles)
-
-
-TASKS = {
-    "niah_single_1": _needles("noise", "words", "numbers"),
-    "niah_single_2": _needles("essay", "words", "numbers"),
-    "niah_single_3": _needles("essay", "words", "uuids"),
-    "niah_multikey_1": _needles("essay", "words", "numbers", keys=4),
-    "niah_multikey_2": _needles("needle", "words", "numbers"),
-    "niah_multikey_3": _needles("needle", "uuids", "uuids"),
-    "niah_multivalue": _needles("essay", "words", "numbers", values=4),
-    "niah_multiquery": _needles("essay", "words", "numbers", keys=4, queries=4),
-    "vt": Task("tracking", 30),
-    "cwe": Task("aggregation", 120),
-    "fwe": Task("aggregation", 50),
-    "qa_1": Task("questions", 32, questions="squad", metric="any"),
-    "qa_2": Task("questions", 32, questions="hotpotqa", metric="any"),
-}
-CATEGORIES = tuple(dict.fromkeys(task.category for task in TASKS.values()))
 
 
 class Maker:

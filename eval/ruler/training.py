@@ -23,7 +23,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from eval.ruler import templates
 from eval.ruler.fit import Frame, Sample, TooShortError
 from eval.ruler.sources import load_haystack
-from eval.ruler.tasks import TASKS, Maker
+from eval.ruler.specs import TASKS
+from eval.ruler.tasks import Maker
 from eval.ruler.tokens import TokenCounter
 
 DEFAULT_TASKS = tuple(name for name, task in TASKS.items() if task.questions is None)

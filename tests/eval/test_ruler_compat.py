@@ -13,7 +13,8 @@ import json
 import pytest
 
 from eval.ruler.fit import Frame, TooShortError
-from eval.ruler.tasks import TASKS, Maker
+from eval.ruler.specs import TASKS
+from eval.ruler.tasks import Maker
 from eval.ruler.tokens import TokenCounter
 from tests.eval.ruler_inputs import hotpotqa, squad, word_tokenizer
 

@@ -75,7 +75,9 @@ def test_the_suite_runs_and_resumes(
     assert sum(batches) == 3 + 8
     assert (output / "samples" / "ruler-niah_single_1.jsonl").read_text() == finished
     section = _results(output)
-    assert section["left_out"] == [["cwe", 1024]]
+    (out,) = section["left_out"]
+    assert (out["task"], out["length"]) == ("cwe", 1024)
+    assert "does not fit in 1024 tokens" in out["reason"]
     assert [cell["task"] for cell in section["cells"]] == [t for t in tasks if t != "cwe"]
     assert {cell["samples"] for cell in section["cells"]} == {2}
     assert section["averaged"] == [t for t in tasks if t != "cwe"]
@@ -83,7 +85,7 @@ def test_the_suite_runs_and_resumes(
     for expected in (
         "## RULER",
         "| niah_multiquery |",
-        "too short",
+        "not run",
         "effective length",
         "moby_dick",
     ):
@@ -123,7 +125,7 @@ def test_a_batch_too_large_for_the_memory_is_halved(
     def small(loaded: Any, options: Any, batch: list[Any], *more: Any) -> list[str]:
         sizes.append(len(batch))
         if len(batch) > 2:
-            raise torch.cuda.OutOfMemoryError
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
         return ["".join(sample.outputs) for sample in batch]
 
     monkeypatch.setattr(runner, "_generate", small)
@@ -136,11 +138,36 @@ def test_a_batch_too_large_for_the_memory_is_halved(
     assert results["cells"][0]["missed"] == []
 
 
+def test_what_does_not_fit_in_memory_is_left_out(
+    loaded: LoadedModel, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def small(loaded: Any, options: Any, batch: list[Any], *more: Any) -> list[str]:
+        tried.append(batch[0].length)
+        if batch[0].length > 1024:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return ["".join(sample.outputs) for sample in batch]
+
+    monkeypatch.setattr(runner, "_generate", small)
+    options = RulerOptions(
+        tasks=["niah_single_2"], lengths=[4096, 2048, 1024], samples=2, batch_size=2, **files
+    )
+    results = run_ruler(loaded, options, tmp_path / "samples")
+    assert [cell["length"] for cell in results["cells"]] == [1024]
+    reasons = {out["length"]: out["reason"] for out in results["left_out"]}
+    assert reasons == {2048: "out of memory", 4096: "out of memory at 2,048 tokens"}
+    assert max(tried) <= 2048
+    # The mean of what ran is still one.
+    assert [(row["length"], row["mean"]) for row in results["means"]] == [(1024, 100.0)]
+    assert results["effective"]["absolute"]["length"] == 1024
+
+
 def test_samples_are_kept_and_found_again(files: dict[str, str]) -> None:
     options = RulerOptions(tasks=["niah_single_1"], lengths=[512], samples=3, **files)
     made = SampleFiles(options, word_tokenizer(), 0)
     path = made.path("niah_single_1", 512)
-    assert made.make("niah_single_1", 512)
+    assert made.make("niah_single_1", 512) is None
     written = path.read_bytes()
     rows = [json.loads(line) for line in written.splitlines()]
     assert [row["index"] for row in rows] == [0, 1, 2]
@@ -227,14 +254,16 @@ def test_report_of_one_run_and_of_two(header: dict[str, Any], tmp_path: Path) ->
                     for i in range(10)
                 ]
         del cells["qa_1", 1024]
-        return {**header, "ruler": summarise(options, cells, {"haystack": "a.txt"})}
+        left_out = {("qa_1", 1024): "too few tokens"}
+        return {**header, "ruler": summarise(options, cells, left_out, {"haystack": "a.txt"})}
 
     one = tmp_path / "a"
     names = {path.name for path in render([Run("this model", results(0.5))], one)}
     assert {"report.md", "report.html"} <= names
     text = (one / "report.md").read_text()
     assert "| niah_multivalue | 50.0 [24, 76] | 50.0 [24, 76] |" in text
-    assert "| qa_1 | too short |" in text
+    assert "| qa_1 | not run |" in text
+    assert "| qa_1 | 1,024 | too few tokens |" in text
     assert "0.50, 0.60, 0.70, 0.80, 0.90" in text  # depths of what was missed
     both = [Run("first", results(0.5)), Run("second", results(0.9))]
     render(both, tmp_path / "b")

@@ -134,8 +134,8 @@ def test_means_are_of_the_tasks_that_ran_at_every_length() -> None:
         ("vt", 2048): [none, none],
         ("cwe", 2048): [one, one],
     }
-    results = summarise(options, cells, {})
-    assert results["left_out"] == [["cwe", 1024]]
+    results = summarise(options, cells, {("cwe", 1024): "too few tokens"}, {})
+    assert results["left_out"] == [{"task": "cwe", "length": 1024, "reason": "too few tokens"}]
     assert results["averaged"] == ["niah_single_1", "vt"]
     assert [row["length"] for row in results["means"]] == [1024, 2048]
     assert [row["mean"] for row in results["means"]] == [50.0, 25.0]
