@@ -37,6 +37,7 @@ from eval.report_sections import (
 from eval.ruler.report import ruler_blocks, ruler_glance
 from eval.text_tasks import text_task_blocks, text_task_glance
 
+FORMAT = 1  # of results.json; another one is refused
 RESULTS_FILE = "results.json"
 MARKDOWN_FILE = "report.md"
 HTML_FILE = "report.html"
@@ -136,6 +137,11 @@ def read_results(path: Path) -> Results:
         data["header"]["model"]["name"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a results.json of eval.run: {error!r}") from error
+    if data.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} has format {data.get('format')}, expected {FORMAT}: start its command again, "
+            f"finished samples are kept: {data['header'].get('command')}"
+        )
     return data
 
 

@@ -23,7 +23,7 @@ from eval.model import (
     load_tokenizer,
 )
 from eval.parallel import processes
-from eval.report import summary, write_report
+from eval.report import FORMAT, summary, write_report
 from eval.sections import SECTIONS, Job
 from eval.suite import Suite, load_suite
 
@@ -67,7 +67,7 @@ def evaluate(model: str, suite: Suite, *, suite_file: str, command: str, output:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seconds": {"load": time.perf_counter() - begin},
     }
-    results: Results = {"header": header, "checks": []}
+    results: Results = {"format": FORMAT, "header": header, "checks": []}
     job = Job(suite, results, output / "samples")
     for name, section in SECTIONS.items():
         options = getattr(suite, name)

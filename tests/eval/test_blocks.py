@@ -1,5 +1,6 @@
 """Blocks of a report in Markdown, HTML and for a terminal."""
 
+import json
 import re
 from html.parser import HTMLParser
 
@@ -116,3 +117,7 @@ def test_runs_are_named_by_what_tells_them_apart(tmp_path) -> None:
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(ValueError, match=r"bad\.json is not a results\.json"):
         read_runs([tmp_path / "bad.json"])
+    old = {"header": {"model": {"name": "m"}, "command": "python -m eval.run --model m"}}
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    with pytest.raises(ValueError, match=r"format None, expected 1: .* python -m eval\.run"):
+        read_runs([tmp_path / "old.json"])

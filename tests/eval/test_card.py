@@ -10,8 +10,10 @@ from huggingface_hub import ModelCard
 
 from eval.blocks import THIS, Run
 from eval.card import TEMPLATE, fill, main, write_card
+from eval.report import FORMAT
 
 RESULTS: dict[str, Any] = {
+    "format": FORMAT,
     "header": {
         "model": {
             "name": "org/tiny",
