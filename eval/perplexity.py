@@ -179,7 +179,8 @@ def file_perplexity(
         samples: folder of finished documents, which several processes share; None keeps nothing.
 
     Returns:
-        JSON values: sizes, `bits_per_byte`, `nats_per_token`, `token_perplexity`,
+        JSON values: sizes, `bits_per_byte`, `bits_per_byte_stderr` (over documents, null for a
+        single one), `nats_per_token`, `token_perplexity`,
         `word_perplexity` (null where undefined), and `curve`, the mean loss over positions
         grouped by powers of two.
 
@@ -232,7 +233,9 @@ def file_perplexity(
     if tokens == 0:
         raise ValueError(f"{path}: no token to score, its documents have one token and no prefix")
     total = math.fsum(p["total"] for p in curve)
-    size = sum(len(document.text.encode("utf-8")) for document in documents)
+    sizes = [len(document.text.encode("utf-8")) for document in documents]
+    size = sum(sizes)
+    nats = [sum(p["total"] for p in document["curve"]) for document in scored]
     words = sum(len(document.text.split()) for document in documents)
     return {
         "file": path,
@@ -243,6 +246,7 @@ def file_perplexity(
         "tokens": tokens,
         "nats": total,
         "bits_per_byte": total / math.log(2) / size,
+        "bits_per_byte_stderr": ratio_stderr(nats, sizes),
         "nats_per_token": total / tokens,
         "token_perplexity": _exp(total / tokens),
         "word_perplexity": _exp(total / words) if words else None,
@@ -256,6 +260,19 @@ def file_perplexity(
             for p in curve
         ],
     }
+
+
+def ratio_stderr(nats: Sequence[float], sizes: Sequence[int]) -> float | None:
+    """Return the standard error of sum(nats) / sum(sizes) in bits, from the spread over documents.
+
+    The usual linear approximation for a ratio of sums; None for a single document.
+    """
+    n = len(nats)
+    if n < 2:
+        return None
+    ratio = sum(nats) / sum(sizes)
+    squares = sum((a - ratio * b) ** 2 for a, b in zip(nats, sizes, strict=True))
+    return math.sqrt(squares * n / (n - 1)) / sum(sizes) / math.log(2)
 
 
 def _exp(value: float) -> float | None:

@@ -6,6 +6,7 @@ as printed; results of the harness are fractions.
 
 import difflib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,18 +49,28 @@ def find_published(model: str) -> str | None:
     return next((name for name, row in rows if model in row["hub"]), None)
 
 
-def averages(tasks: Mapping[str, Any]) -> dict[str, float]:
+def averages(tasks: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
     """Return each paper's average whose tasks are all there, as a fraction.
 
     Args:
-        tasks: task -> {"metrics": {metric: {"value": ...}}}.
+        tasks: task -> {"metrics": {metric: {"value": ..., "stderr": ...}}}.
+
+    Returns:
+        Name -> {"value", "stderr"}; the standard error is that of a mean of independent tasks, null
+        where one of theirs is not known.
     """
-    return {
-        name: sum(tasks[task]["metrics"][metric]["value"] for task, metric in members.items())
-        / len(members)
-        for name, members in AVERAGES.items()
-        if all(metric in tasks.get(task, {}).get("metrics", {}) for task, metric in members.items())
-    }
+    found: dict[str, dict[str, float | None]] = {}
+    for name, members in AVERAGES.items():
+        scores = [
+            tasks.get(task, {}).get("metrics", {}).get(metric) for task, metric in members.items()
+        ]
+        if None in scores:
+            continue
+        errors = [score["stderr"] for score in scores]
+        stderr = None if None in errors else math.hypot(*errors) / len(errors)
+        value = sum(score["value"] for score in scores) / len(scores)
+        found[name] = {"value": value, "stderr": stderr}
+    return found
 
 
 def compare_published(name: str | None, tasks: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -85,35 +96,11 @@ def compare_published(name: str | None, tasks: Mapping[str, Any]) -> dict[str, A
     scores = []
     for key, expected in row["scores"].items():
         task, metric = key.split("/")
-        if task not in tasks:
-            continue
-        score = tasks[task]["metrics"][metric]
-        scale = 1.0 if metric == "perplexity" else 100.0
-        value = scale * score["value"]
-        stderr = None if score["stderr"] is None else scale * score["stderr"]
-        least = 0.02 * expected if metric == "perplexity" else 0.5
-        scores.append(
-            {
-                "name": task,
-                "metric": metric,
-                "value": value,
-                "stderr": stderr,
-                "published": expected,
-                "difference": value - expected,
-                "flag": abs(value - expected) > max(least, 2 * (stderr or 0.0)),
-            }
-        )
+        if task in tasks:
+            scores.append(_compare(task, metric, tasks[task]["metrics"][metric], expected))
     means = [
-        {
-            "name": average,
-            "metric": "mean",
-            "value": 100 * value,
-            "stderr": None,
-            "published": row["average"][average],
-            "difference": 100 * value - row["average"][average],
-            "flag": abs(100 * value - row["average"][average]) > 0.5,
-        }
-        for average, value in averages(tasks).items()
+        _compare(average, "mean", score, row["average"][average])
+        for average, score in averages(tasks).items()
         if average in row["average"]
     ]
     return {
@@ -122,4 +109,20 @@ def compare_published(name: str | None, tasks: Mapping[str, Any]) -> dict[str, A
         "note": row.get("note"),
         "scores": scores,
         "averages": means,
+    }
+
+
+def _compare(name: str, metric: str, score: Mapping[str, Any], expected: float) -> dict[str, Any]:
+    scale = 1.0 if metric == "perplexity" else 100.0
+    value = scale * score["value"]
+    stderr = None if score["stderr"] is None else scale * score["stderr"]
+    least = 0.02 * expected if metric == "perplexity" else 0.5
+    return {
+        "name": name,
+        "metric": metric,
+        "value": value,
+        "stderr": stderr,
+        "published": expected,
+        "difference": value - expected,
+        "flag": abs(value - expected) > max(least, 2 * (stderr or 0.0)),
     }

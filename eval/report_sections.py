@@ -20,7 +20,7 @@ def perplexity_glance(results: Results) -> list[tuple[str, str]]:
     return [
         (
             f"bits per byte, {Path(f['file']).name}",
-            f"{f['bits_per_byte']:.4f} (n = {f['tokens']:,} tokens)",
+            f"{_bits(f)} (n = {f['tokens']:,} tokens)",
         )
         for f in results["perplexity"]["files"]
     ]
@@ -36,7 +36,10 @@ def length_glance(results: Results) -> list[tuple[str, str]]:
 
 def zero_shot_glance(results: Results) -> list[tuple[str, str]]:
     section = results["lm_eval"]
-    means = [(f"zero-shot average ({k})", f"{100 * v:.1f}") for k, v in section["averages"].items()]
+    means = [
+        (f"zero-shot average ({name})", _score_text(score))
+        for name, score in section["averages"].items()
+    ]
     if means:
         return means
     return [
@@ -127,7 +130,7 @@ def _file_blocks(runs: Sequence[Run], file: str) -> list[Block]:
         rows.append(
             [
                 run.name,
-                f"{score['bits_per_byte']:.4f}",
+                _bits(score),
                 "",
                 f"{score['nats_per_token']:.4f}",
                 number(score["token_perplexity"], ".5g"),
@@ -136,7 +139,7 @@ def _file_blocks(runs: Sequence[Run], file: str) -> list[Block]:
             ]
         )
         baselines |= _baselines(run, file)
-    best = min(float(row[1]) for row in rows)
+    best = min(s["bits_per_byte"] for run in runs if (s := _score(run, file)) is not None)
     for order, bits in baselines.items():
         more = f"{100 * (bits / best - 1):+.1f} %"
         rows.append([f"byte n-gram, order {order}", f"{bits:.4f}", more, "–", "–", "–", "–"])
@@ -144,7 +147,14 @@ def _file_blocks(runs: Sequence[Run], file: str) -> list[Block]:
     columns = ("", "bits/byte", beside_best, "nats/token", "token ppl", "word ppl", "n tokens")
     if not baselines:
         columns, rows = columns[:2] + columns[3:], [row[:2] + row[3:] for row in rows]
-    return [Table(columns, rows, f"`{file}`: {size}. Lower is better.")]
+    spread = "± is one standard error, from the spread over documents"
+    caption = f"`{file}`: {size}. Lower is better; {spread}."
+    return [Table(columns, rows, caption)]
+
+
+def _bits(score: dict[str, Any]) -> str:
+    value, stderr = score["bits_per_byte"], score["bits_per_byte_stderr"]
+    return f"{value:.4f}" if stderr is None else f"{value:.4f} ± {stderr:.4f}"
 
 
 def _bits_plot(runs: Sequence[Run]) -> Plot:
@@ -347,13 +357,14 @@ def zero_shot_blocks(runs: Sequence[Run]) -> list[Block]:
         rows.append([name, metric, *cells, n, "yes" if reported else ""])
     for average in dict.fromkeys(k for run in runs for k in run.results["lm_eval"]["averages"]):
         values = [run.results["lm_eval"]["averages"].get(average) for run in runs]
-        cells = ["" if value is None else f"{value:.4f}" for value in values]
+        cells = ["" if score is None else _score_text(score) for score in values]
         rows.append([f"average: {average}", "", *cells, "", "yes"])
     columns = ["task", "metric", *beside("value ± stderr", runs), "n", "in papers"]
     caption = (
         "± is one standard error, as the harness computes it; a 95 % interval is about two of "
-        "them to each side. Averages are named after the paper that uses them: Mamba's has no "
-        "OpenBookQA, Mamba-2's takes its acc_norm, Mamba-3's its acc; BoolQ is in none."
+        "them to each side; that of an average takes its tasks as independent. Averages are named "
+        "after the paper that uses them: Mamba's has no OpenBookQA, Mamba-2's takes its acc_norm, "
+        "Mamba-3's its acc; BoolQ is in none."
     )
     blocks.append(Table(columns, rows, caption))
     for run in runs:

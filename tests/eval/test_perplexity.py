@@ -18,6 +18,7 @@ from eval.perplexity import (
     add_curves,
     file_perplexity,
     position_sums,
+    ratio_stderr,
     score_tokens,
 )
 
@@ -125,6 +126,17 @@ def test_file_measures_follow_from_the_losses(loaded: LoadedModel, tmp_path: Pat
     )
     assert sum(part["tokens"] for part in result["curve"]) == size
     assert sum(part["tokens"] * part["nats"] for part in result["curve"]) == nats
+
+
+def test_standard_error_of_a_ratio_is_that_of_resampled_documents() -> None:
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(50, 500, 40)
+    nats = sizes * rng.normal(1.5, 0.3, 40)
+    draws = rng.integers(0, 40, (4000, 40))
+    resampled = nats[draws].sum(1) / sizes[draws].sum(1) / math.log(2)
+    # The bootstrap of 4000 draws is itself known to about one percent, the formula is linear.
+    assert ratio_stderr(nats.tolist(), sizes.tolist()) == pytest.approx(resampled.std(), rel=0.06)
+    assert ratio_stderr([1.0], [2]) is None
 
 
 def test_without_prefix_the_first_token_is_not_scored(model_dir: Path) -> None:

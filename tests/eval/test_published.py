@@ -1,5 +1,7 @@
 """Published zero-shot scores beside measured ones."""
 
+import math
+
 import pytest
 
 from eval.published import (
@@ -34,7 +36,7 @@ def test_tables_are_whole_and_their_averages_are_means() -> None:
         measured = averages(_tasks(row["scores"], None))
         for average, printed in row["average"].items():
             # Printed with one decimal, of columns with one decimal.
-            if abs(100 * measured[average] - printed) > 0.1:
+            if abs(100 * measured[average]["value"] - printed) > 0.1:
                 assert str(printed) in row["note"], name
 
 
@@ -42,11 +44,16 @@ def test_averages_are_those_of_the_papers() -> None:
     scores = {f"{task}/{metric}": 10.0 for task, metric in AVERAGES["Mamba-2, 7 tasks"].items()}
     tasks = _tasks({**scores, "openbookqa/acc": 80.0}, None)
     tasks["openbookqa"]["metrics"]["acc_norm"]["value"] = 0.45
-    assert averages(tasks) == pytest.approx(
+    values = {name: score["value"] for name, score in averages(tasks).items()}
+    assert values == pytest.approx(
         {"Mamba, 6 tasks": 0.10, "Mamba-2, 7 tasks": 0.15, "Mamba-3, 7 tasks": 0.20}
     )
+    assert all(score["stderr"] is None for score in averages(tasks).values())
     del tasks["openbookqa"]
-    assert averages(tasks) == pytest.approx({"Mamba, 6 tasks": 0.10})
+    assert set(averages(tasks)) == {"Mamba, 6 tasks"}
+    for task in tasks.values():
+        task["metrics"]["acc" if "acc" in task["metrics"] else "acc_norm"]["stderr"] = 0.03
+    assert averages(tasks)["Mamba, 6 tasks"]["stderr"] == pytest.approx(0.03 / math.sqrt(6))
 
 
 @pytest.mark.parametrize(
