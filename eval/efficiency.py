@@ -161,6 +161,8 @@ class _Length:
 
     def _decode(self, batch: int) -> dict[str, Any]:
         first = self._read()
+        if first is None:
+            raise NotPossible("the model returns no cache")
         ids = torch.cat([self.prompt, self.prompt[:, :1]], 1).expand(batch, -1).contiguous()
         tokens = self.options.new_tokens
 

@@ -267,7 +267,8 @@ def cache_bytes(cache: Any) -> int:
 
 
 def _cached(cache: Any) -> Iterator[torch.Tensor]:
-    return (tensor for layer in cache.layers for tensor in _tensors(vars(layer)))
+    layers = [] if cache is None else cache.layers  # a model may keep none
+    return (tensor for layer in layers for tensor in _tensors(vars(layer)))
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

@@ -29,6 +29,9 @@ def header_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
     state = f"{model['state_bytes']:,} bytes per sequence"
     if model["state_bytes_per_token"]:
         state += f" + {model['state_bytes_per_token']:,} bytes per token"
+    state += f", {' and '.join(model['state_dtypes'])}, as measured on the cache"
+    if not model["state_dtypes"]:
+        state = "the model returns no cache"
     length = header["training_length"]
     rows = [
         ("model", model["name"]),
@@ -40,7 +43,7 @@ def header_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
             + f", width {model['hidden_size']}, vocabulary {model['vocabulary']:,}",
         ),
         ("parameters", f"{model['parameters']:,} in {model['dtype']}"),
-        ("state", f"{state}, {' and '.join(model['state_dtypes'])}, as measured on the cache"),
+        ("state", state),
         ("training length", "not known" if length is None else f"{length:,} tokens"),
         ("tokenizer", model["tokenizer"]),
         ("document prefix", model["prefix"] or "none: the first token is not scored"),

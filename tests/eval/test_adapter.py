@@ -85,6 +85,30 @@ def test_equals_the_stock_harness_with_transformers_own_class(
         torch.testing.assert_close(ours, stock, **TOLERANCE)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
+def test_any_causal_model_goes_through(loaded: LoadedModel, tmp_path: Path, kind: str) -> None:
+    config = AutoConfig.for_model(
+        kind,
+        vocab_size=264,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    peer = LoadedModel(model, loaded.tokenizer, loaded.prefix, "")
+    requests = _local_requests(tmp_path)
+    stock = HFLM(pretrained=model, tokenizer=loaded.tokenizer, batch_size=4)
+    adapter = CausalLM(peer, batch_size=16)
+    assert adapter.max_length == 512
+    torch.testing.assert_close(_values(adapter, requests), _values(stock, requests), **TOLERANCE)
+    greedy = {"until": ["\n\n"], "max_gen_toks": 6, "do_sample": False}
+    prompts = [Instance("generate_until", {}, (c, greedy), 0) for c in ("a", "bcdef", "gh")]
+    assert adapter.generate_until(prompts) == CausalLM(peer, batch_size=1).generate_until(prompts)
+
+
 @pytest.fixture
 def neox_dir(tmp_path: Path) -> Path:
     """A tiny model with the GPT-NeoX tokenizer and a padded vocabulary, as released models have."""
