@@ -15,7 +15,8 @@ read -ra models <<< "${MODELS:-mamba-130m mamba2-130m llama-130m nope-130m}"
 read -ra train_options <<< "${TRAIN:-}"
 read -ra eval_options <<< "${EVAL:---dtype bfloat16}"
 gpus=$(nvidia-smi -L 2> /dev/null | wc -l || true)
-python=${PYTHON:-python}
+python=${PYTHON:-python3}
+export PYTHONPATH=src${PYTHONPATH:+:$PYTHONPATH}  # a checkout that is not installed will do
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-true}
 
 launch() {  # RUN_DIR MODEL OPTIONS...
