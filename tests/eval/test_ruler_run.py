@@ -97,24 +97,29 @@ def test_the_suite_runs_and_resumes(
     assert _results(output) == section
 
 
-def test_batches_answer_as_single_prompts_do(
+def test_batches_and_pieces_answer_as_single_prompts_do(
     loaded: LoadedModel, files: dict[str, str], tmp_path: Path
 ) -> None:
     predictions = []
-    for size in (1, 3):
+    for number, (size, piece) in enumerate([(1, None), (3, None), (3, 256)]):
         options = RulerOptions(
-            tasks=["niah_single_2", "fwe"], lengths=[1024], samples=3, batch_size=size, **files
+            tasks=["niah_single_2", "fwe"],
+            lengths=[1024],
+            samples=3,
+            batch_size=size,
+            prefill_chunk_size=piece,
+            **files,
         )
-        run_ruler(loaded, options, tmp_path / str(size))
+        run_ruler(loaded, options, tmp_path / str(number))
         rows = [
             json.loads(line)
             for task in options.tasks
-            for line in (tmp_path / str(size) / f"ruler-{task}.jsonl").read_text().splitlines()
+            for line in (tmp_path / str(number) / f"ruler-{task}.jsonl").read_text().splitlines()
         ]
         done = [(row["id"], row["sample"]["prediction"]) for row in rows if "id" in row]
         predictions.append(sorted(done))
     assert len(predictions[0]) == 6
-    assert predictions[0] == predictions[1]
+    assert predictions[0] == predictions[1] == predictions[2]
 
 
 def test_a_batch_too_large_for_the_memory_is_halved(
