@@ -31,7 +31,8 @@ FLOORS = {
 SHARED_BY_MODELS = {"backbone", "checkpoint", "configuration", "generating"}
 OUTSIDE = {
     "training": {"eval.tasks"},
-    "eval": set(),
+    # The science suite trains as everybody does.
+    "eval": {"training.config", "training.train"},
     "benchmarks": {"training.graph", "training.peaks"},
     "examples": set(),
 }

@@ -104,7 +104,7 @@ class Pool:
         job = self.plan.job(group, key)
         folder = self.plan.folder(job)
         (folder / ERROR).unlink(missing_ok=True)
-        device = slot % self.gpus if self.gpus else None
+        device = slot % self.gpus if self.gpus > 1 else None
         context: Any = multiprocessing.get_context(self._method)
         if self._method == "forkserver":
             context.set_forkserver_preload([run_job.__module__])

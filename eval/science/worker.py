@@ -76,7 +76,7 @@ def run_job(job: Job, folder: str, threads: int, device: int | None, execution: 
         folder: all that the run writes lies here. A model that an earlier run with the same
             training settings left there is measured without training it again.
         threads: of the CPU.
-        device: number of the GPU, None for whatever there is.
+        device: number of the GPU among those that there are, None for the first.
         execution: stands over the recipe's `model.execution`.
     """
     path = Path(folder)
@@ -85,7 +85,9 @@ def run_job(job: Job, folder: str, threads: int, device: int | None, execution: 
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
     if device is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(device)
+        # The number counts among those that this process was given.
+        given = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = given.split(",")[device] if given else str(device)
     torch.set_num_threads(threads)
     try:
         result = perform(job, path, execution)
