@@ -230,7 +230,7 @@ def test_conv_kernel_repeats_itself() -> None:
 def test_conv_kernels_are_traceable() -> None:
     leaves = _leaves(2, 9, 5, 4)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    packing = (_numbers(2, 9, 0.2), None, *launch._real_first(_mask("left", 2, 9)))
+    packing = (_numbers(2, 9, 0.2), None, *launch.real_first_triton(_mask("left", 2, 9)))
     for arguments in (
         (*leaves.values(), *packing, True, True),
         (leaves["x"], leaves["weight"], *(None,) * 6, False, False),

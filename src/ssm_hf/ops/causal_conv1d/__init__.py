@@ -14,10 +14,9 @@ from ssm_hf.ops.launch import unsupported_dtypes
 from ssm_hf.ops.packing import check_packing, in_given_precision
 
 if HAS_TRITON:
-    from ssm_hf.ops.causal_conv1d import launch
-    from ssm_hf.ops.causal_conv1d.launch import causal_conv1d_triton
+    from ssm_hf.ops.causal_conv1d.launch import causal_conv1d_triton, real_first_triton
 else:
-    launch = causal_conv1d_triton = None
+    causal_conv1d_triton = real_first_triton = None
 
 # Each tap is a register of its own in the kernels.
 MAX_TAPS = 8
@@ -35,9 +34,9 @@ def real_first(mask: Tensor) -> tuple[Tensor, Tensor] | None:
         positions (B, T) int32 of each row's real tokens and then its pads, and how many are real
         (B,) int32; None where `impl="auto"` does not take the kernels.
     """
-    if launch is None or not runs_kernels("causal_conv1d", mask.device):
+    if real_first_triton is None or not runs_kernels("causal_conv1d", mask.device):
         return None
-    return launch._real_first(mask)
+    return real_first_triton(mask)
 
 
 @in_given_precision

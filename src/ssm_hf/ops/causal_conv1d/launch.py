@@ -39,7 +39,7 @@ def _strides(*tensors: Tensor) -> tuple[int, list[int]]:
 
 
 @torch.library.custom_op("ssm_hf::real_first", mutates_args=())
-def _real_first(mask: Tensor) -> tuple[Tensor, Tensor]:
+def real_first_triton(mask: Tensor) -> tuple[Tensor, Tensor]:
     """mask (B, T) -> positions of the real tokens and then the pads (B, T), how many are real."""
     order, counts = _empty_order(mask)
     mask = mask.contiguous()
@@ -49,7 +49,7 @@ def _real_first(mask: Tensor) -> tuple[Tensor, Tensor]:
     return order, counts
 
 
-@_real_first.register_fake
+@real_first_triton.register_fake
 def _empty_order(mask: Tensor) -> tuple[Tensor, Tensor]:
     return (
         mask.new_empty(mask.shape, dtype=torch.int32),
@@ -310,7 +310,7 @@ def causal_conv1d_triton(
     )
     order = counts = None
     if mask is not None:
-        order, counts = call(_real_first, mask)
+        order, counts = call(real_first_triton, mask)
     if cu_seqlens is not None:
         token = torch.arange(x.shape[1], device=x.device)
         seq_idx = torch.searchsorted(cu_seqlens, token, right=True)[None] - 1

@@ -2,14 +2,14 @@
 
 import functools
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from ssm_hf.ops.causal_conv1d import MAX_TAPS, causal_conv1d
+from ssm_hf.ops.causal_conv1d import MAX_TAPS
 from ssm_hf.ops.dispatch import HAS_TRITON, pick
 from ssm_hf.ops.launch import unsupported_dtypes
+from ssm_hf.ops.mamba1_mix.reference import mamba1_mix_torch
 from ssm_hf.ops.packing import in_given_precision
-from ssm_hf.ops.selective_scan import selective_scan, why_unsupported
+from ssm_hf.ops.selective_scan import why_unsupported
 
 if HAS_TRITON:
     from ssm_hf.ops.mamba1_mix.launch import mamba1_mix_triton
@@ -95,7 +95,7 @@ def mamba1_mix(
         impl,
         proj.device,
         # The operators inside decide for themselves, where not all kernels can run.
-        reference=functools.partial(_one_after_another, impl=impl),
+        reference=functools.partial(mamba1_mix_torch, impl=impl),
         triton=mamba1_mix_triton,
         unsupported=unsupported,
     )
@@ -114,46 +114,3 @@ def mamba1_mix(
         mask,
         real_first,
     )
-
-
-def _one_after_another(
-    proj: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    x_weight: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    out_weight: Tensor | None,
-    out_bias: Tensor | None,
-    seq_idx: Tensor | None,
-    mask: Tensor | None,
-    real_first: tuple[Tensor, Tensor] | None,
-    impl: str,
-) -> Tensor:
-    x, z = proj.chunk(2, dim=-1)
-    x = causal_conv1d(
-        x, conv_weight, conv_bias, activation="silu", seq_idx=seq_idx, mask=mask, impl=impl
-    )
-    assert isinstance(x, Tensor)
-    rank, states = dt_weight.shape[1], A.shape[1]
-    low, B, C = F.linear(x, x_weight.to(x.dtype)).split([rank, states, states], dim=-1)
-    y = selective_scan(
-        x,
-        F.linear(low, dt_weight.to(x.dtype)),
-        A,
-        B,
-        C,
-        D=D,
-        z=z,
-        dt_bias=dt_bias,
-        dt_softplus=True,
-        seq_idx=seq_idx,
-        mask=mask,
-        impl=impl,
-    )
-    assert isinstance(y, Tensor)
-    if out_weight is None:
-        return y
-    return F.linear(y, out_weight.to(y.dtype), None if out_bias is None else out_bias.to(y.dtype))

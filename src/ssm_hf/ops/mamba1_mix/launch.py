@@ -222,6 +222,6 @@ def mamba1_mix_triton(
                   seq_idx=seq_idx, mask=mask)  # fmt: skip
     order, counts = real_first or (None, None)
     if mask is not None and order is None:
-        order, counts = conv._real_first(mask)
+        order, counts = conv.real_first_triton(mask)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     return _forward(proj.contiguous(), *inputs[1:], seq_idx, mask, order, counts, save)[0]

@@ -2,15 +2,14 @@
 
 import functools
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from ssm_hf.ops.causal_conv1d import MAX_TAPS, causal_conv1d
+from ssm_hf.ops.causal_conv1d import MAX_TAPS
 from ssm_hf.ops.dispatch import HAS_TRITON, pick
 from ssm_hf.ops.launch import unsupported_dtypes
+from ssm_hf.ops.mamba2_mix.reference import mamba2_mix_torch
 from ssm_hf.ops.packing import in_given_precision
-from ssm_hf.ops.rms_norm import rms_norm
-from ssm_hf.ops.ssd import ssd, why_unsupported
+from ssm_hf.ops.ssd import why_unsupported
 
 if HAS_TRITON:
     from ssm_hf.ops.mamba2_mix.launch import mamba2_mix_triton
@@ -96,16 +95,15 @@ def mamba2_mix(
     if unsupported is None and conv_weight.shape[1] > MAX_TAPS:
         unsupported = f"kernels take 1 to {MAX_TAPS} taps, got K={conv_weight.shape[1]}"
     if unsupported is None:
-        z, conv_in, dt = proj.split([inner, conv_size, heads], dim=-1)
-        x = z.unflatten(-1, (heads, -1))
-        B = conv_in[..., :grouped].unflatten(-1, (n_groups, -1))
-        unsupported = why_unsupported(x, dt, A, B, D, dt_bias)
+        x = proj.new_empty(0, 0, heads, inner // heads)
+        B = proj.new_empty(0, 0, n_groups, grouped // n_groups)
+        unsupported = why_unsupported(x, proj, A, B, D, dt_bias)
     run = pick(
         "mamba2_mix",
         impl,
         proj.device,
         # The operators inside decide for themselves, where not all kernels can run.
-        reference=functools.partial(_one_after_another, impl=impl),
+        reference=functools.partial(mamba2_mix_torch, impl=impl),
         triton=mamba2_mix_triton,
         unsupported=unsupported,
     )
@@ -128,68 +126,3 @@ def mamba2_mix(
         mask,
         real_first,
     )
-
-
-def _one_after_another(
-    proj: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    A: Tensor,
-    D: Tensor,
-    dt_bias: Tensor,
-    norm_weight: Tensor | None,
-    out_weight: Tensor | None,
-    out_bias: Tensor | None,
-    n_groups: int,
-    chunk_size: int,
-    dt_limit: tuple[float, float],
-    norm_eps: float,
-    norm_before_gate: bool,
-    seq_idx: Tensor | None,
-    mask: Tensor | None,
-    real_first: tuple[Tensor, Tensor] | None,
-    impl: str,
-) -> Tensor:
-    heads, conv_size = dt_bias.shape[0], conv_weight.shape[0]
-    inner = proj.shape[-1] - conv_size - heads
-    grouped = (conv_size - inner) // 2
-    z, conv_in, dt = proj.split([inner, conv_size, heads], dim=-1)
-    conv_out = causal_conv1d(
-        conv_in, conv_weight, conv_bias, activation="silu", seq_idx=seq_idx, mask=mask, impl=impl
-    )
-    assert isinstance(conv_out, Tensor)
-    x, B, C = conv_out.split([inner, grouped, grouped], dim=-1)
-    x, gate = (v.unflatten(-1, (heads, -1)) for v in (x, z))
-    B, C = (v.unflatten(-1, (n_groups, -1)) for v in (B, C))
-    y = ssd(
-        x,
-        dt,
-        A,
-        B,
-        C,
-        chunk_size=chunk_size,
-        D=D,
-        z=gate if norm_weight is None else None,
-        dt_bias=dt_bias,
-        dt_softplus=True,
-        dt_limit=dt_limit,
-        seq_idx=seq_idx,
-        mask=mask,
-        impl=impl,
-    )
-    assert isinstance(y, Tensor)
-    y = y.flatten(2)
-    if norm_weight is not None:
-        y = rms_norm(
-            y,
-            norm_weight,
-            eps=norm_eps,
-            gate=z,
-            group_size=inner // n_groups,
-            norm_before_gate=norm_before_gate,
-            impl=impl,
-        )
-    if out_weight is None:
-        return y
-    out_bias = None if out_bias is None else out_bias.to(y.dtype)
-    return F.linear(y, out_weight.to(y.dtype), out_bias)

@@ -256,7 +256,7 @@ def mamba2_mix_triton(
                   mask=mask)  # fmt: skip
     order, counts = real_first or (None, None)
     if mask is not None and order is None:
-        order, counts = conv._real_first(mask)
+        order, counts = conv.real_first_triton(mask)
     return _forward(
         proj.contiguous(), conv_weight, conv_bias, A.contiguous(), D.contiguous(),
         dt_bias.contiguous(), norm_weight, out_weight, out_bias, seq_idx, mask, order, counts,
