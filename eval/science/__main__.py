@@ -10,11 +10,13 @@ has finished.
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -97,6 +99,10 @@ def run(
     return results
 
 
+def _interrupt(signal_number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def succeeded(results: dict) -> bool:
     """Whether there is something to report and no control has failed."""
     failed = [row for row in results["controls"] if row["verdict"] == "not confirmed"]
@@ -105,6 +111,8 @@ def succeeded(results: dict) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    # Whoever ends this process gets a report of what is done, and leaves no run behind.
+    signal.signal(signal.SIGTERM, _interrupt)
     # The number of GPUs is then asked without touching one, which processes forked later need.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     parser = argparse.ArgumentParser(

@@ -174,7 +174,8 @@ def _experiment_blocks(name: str, experiment: Values) -> list[Block]:
         f"Task `{experiment['task']}`{f' ({options})' if options else ''}, trained on lengths "
         f"{', then '.join(experiment['lengths'])}. {experiment['note']}"
     )
-    columns = ("model", "learning rate", "seeds", *(str(at) for at in experiment["measure"]))
+    places = [str(at) for at in experiment["measure"]]
+    columns = ("model", "learning rate", "seeds", "s a run", *places)
     caption = (
         f"{METRICS[metric]} over {over}, mean ± standard deviation over seeds; "
         f"{experiment['samples']} test samples a seed."
@@ -203,14 +204,15 @@ METRICS = {
 def _model_row(model: str, group: Values, experiment: Values) -> tuple[str | Cell, ...]:
     places, metric = experiment["measure"], experiment["metric"]
     if not group["runs"]:
-        return (model, "-", "0", *("-" for _ in places))
+        return (model, "-", "0", "-", *("-" for _ in places))
     cells = []
     for at in places:
         values = [run["measure"][str(at)][metric] for run in group["runs"]]
         shade = sum(values) / len(values)
         cells.append(Cell(mean_and_spread(values), shade, ", ".join(f"{v:.3f}" for v in values)))
     rate = f"{group['learning_rate']:g} of {', '.join(group['tried'])}"
-    return (model, rate, str(len(group["runs"])), *cells)
+    seconds = [sum(run["seconds"].values()) for run in group["runs"]]
+    return (model, rate, str(len(seconds)), f"{sum(seconds) / len(seconds):.0f}", *cells)
 
 
 def mean_and_spread(values: Sequence[float]) -> str:

@@ -1,6 +1,9 @@
 """Runs in processes: the toy suite as a whole, and what happens when a run goes wrong."""
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -132,6 +135,26 @@ def test_command_line(tmp_path, capsys) -> None:
     # Nothing has run: exit code 1, and a report all the same.
     assert main(["--suite", "tiny", "--output", str(tmp_path), "--report-only"]) == 1
     assert (tmp_path / "report.md").is_file()
+
+
+@pytest.mark.slow
+def test_who_ends_it_gets_a_report_and_no_run_goes_on(tmp_path) -> None:
+    file = write_suite(tmp_path / "suite.yaml")
+    values = yaml.safe_load(file.read_text())
+    values["train"]["max_steps"] = 10**6
+    file.write_text(yaml.safe_dump(values))
+    command = [sys.executable, "-m", "eval.science", "--suite", str(file)]
+    process = subprocess.Popen([*command, "--output", str(tmp_path / "out")], cwd=ROOT)
+    log = tmp_path / "out/runs/parity/good/lr0.01/seed0/train/log.jsonl"
+    while not log.is_file():
+        assert process.poll() is None
+        time.sleep(0.2)
+    process.terminate()
+    assert process.wait(timeout=120) == 1  # no run has finished
+    assert "## Not run" in (tmp_path / "out/report.md").read_text()
+    steps = log.read_text()
+    time.sleep(3)
+    assert log.read_text() == steps
 
 
 def test_the_toy_suite(tmp_path) -> None:

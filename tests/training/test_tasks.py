@@ -139,6 +139,17 @@ def test_any_model_trains_on_a_task(recipe, tmp_path, kind) -> None:
     assert model.config.eos_token_id is None
 
 
+def test_a_task_of_text_trains_through_a_tokenizer(recipe, tmp_path) -> None:
+    config = ssm_hf.Mamba2Config(**{**MODELS["mamba2"]().to_dict(), "vocab_size": 264})
+    data = {
+        "seq_len": 512,
+        "task": {"name": "phone_book", "lengths": ["3-6"], "options": {"examples": 1}},
+    }
+    main(["--config", str(recipe(config, data=data, tokenizer={"source": "byte"}))])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run/final")
+    assert tokenizer("a", add_special_tokens=False)["input_ids"] == [97]
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_packed_samples_do_not_see_one_another(kind) -> None:
     """Also in transformers' models, which take positions that restart for document borders."""
