@@ -25,7 +25,7 @@ def flops_per_token(model: PreTrainedModel, seq_len: int) -> int:
     own = getattr(model, "flops_per_token", None)
     if own is not None:
         return own(seq_len)
-    embedding = model.get_input_embeddings().weight
+    embedding: Any = model.get_input_embeddings().weight
     is_tied = getattr(model.get_output_embeddings(), "weight", None) is embedding
     parameters = sum(p.numel() for p in model.parameters())
     return 2 * (parameters - (0 if is_tied else embedding.numel()))

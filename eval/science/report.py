@@ -47,7 +47,7 @@ def render(results: Values, directory: Path) -> list[Path]:
 
 def report_blocks(results: Values) -> list[Block]:
     """The whole report."""
-    blocks = [Table(("", ""), header_rows(results["header"]), prose=True)]
+    blocks: list[Block] = [Table(("", ""), header_rows(results["header"]), prose=True)]
     blocks += [
         Heading("Claims"),
         Table(
