@@ -30,7 +30,8 @@ from eval.science.results import collect
 from eval.science.suite import ScienceSuite, load_science_suite
 from eval.science.worker import check_job
 
-SUITES = Path(__file__).parents[2] / "configs" / "eval"
+ROOT = Path(__file__).parents[2]
+SUITES = ROOT / "configs" / "eval"
 
 
 def suite_file(name: str) -> Path:
@@ -83,7 +84,8 @@ def run(
     seconds = [sum(r["seconds"].values()) for g in plan.groups.values() for r in g.results.values()]
     header = {
         "title": suite.title,
-        "suite": str(file),
+        # Where a report is read, nobody has this machine's folders.
+        "suite": str(file.relative_to(ROOT)) if file.is_relative_to(ROOT) else file.name,
         "suite_sha256": sha256(file),
         "budget": suite.budget,
         "workers": workers,

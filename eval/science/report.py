@@ -175,9 +175,9 @@ def _experiment_blocks(name: str, experiment: Values) -> list[Block]:
         f"{', then '.join(experiment['lengths'])}. {experiment['note']}"
     )
     places = [str(at) for at in experiment["measure"]]
-    columns = ("model", "learning rate", "seeds", "s a run", *places)
+    columns = ("model", "parameters", "learning rate", "seeds", "s a run", *places)
     caption = (
-        f"{METRICS[metric]} over {over}, mean ± standard deviation over seeds; "
+        f"{METRICS[metric]} against {over}, mean ± standard deviation over seeds; "
         f"{experiment['samples']} test samples a seed."
     )
     rows = [_model_row(model, group, experiment) for model, group in experiment["models"].items()]
@@ -188,7 +188,13 @@ def _experiment_blocks(name: str, experiment: Values) -> list[Block]:
     if notes:
         blocks.append(Table(("", ""), notes, prose=True))
     if any(group["runs"] for group in experiment["models"].values()):
-        blocks.append(Plot(name, _figure(experiment), f"{name}: {METRICS[metric]} over {over}."))
+        blocks.append(
+            Plot(
+                name,
+                _figure(experiment),
+                f"{name}: {METRICS[metric]} against {over}; the band is the range of the seeds.",
+            )
+        )
     return blocks
 
 
@@ -196,15 +202,15 @@ METRICS = {
     "string": "Samples with all answers right",
     "token": "Answers right",
     "last": "Last answers right",
-    "scaled": "Accuracy of answers, 0 = chance",
-    "scaled_last": "Accuracy of the last answer, 0 = chance",
+    "scaled": "Accuracy of answers (0 = chance)",
+    "scaled_last": "Accuracy of the last answer (0 = chance)",
 }
 
 
 def _model_row(model: str, group: Values, experiment: Values) -> tuple[str | Cell, ...]:
     places, metric = experiment["measure"], experiment["metric"]
     if not group["runs"]:
-        return (model, "-", "0", "-", *("-" for _ in places))
+        return (model, "-", "-", "0", "-", *("-" for _ in places))
     cells = []
     for at in places:
         values = [run["measure"][str(at)][metric] for run in group["runs"]]
@@ -212,7 +218,8 @@ def _model_row(model: str, group: Values, experiment: Values) -> tuple[str | Cel
         cells.append(Cell(mean_and_spread(values), shade, ", ".join(f"{v:.3f}" for v in values)))
     rate = f"{group['learning_rate']:g} of {', '.join(group['tried'])}"
     seconds = [sum(run["seconds"].values()) for run in group["runs"]]
-    return (model, rate, str(len(seconds)), f"{sum(seconds) / len(seconds):.0f}", *cells)
+    size, count = f"{group['runs'][0]['parameters']:,}", str(len(seconds))
+    return (model, size, rate, count, f"{sum(seconds) / len(seconds):.0f}", *cells)
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
@@ -235,7 +242,7 @@ def _figure(experiment: Values) -> Figure:
         means = [sum(column) / len(column) for column in columns]
         low, high = [min(column) for column in columns], [max(column) for column in columns]
         line(axes, index, model, places, means, low, high)
-    axes.set_ylim(-0.25 if metric.startswith("scaled") else -0.03, 1.03)
+    axes.set_ylim(-0.25 if metric.startswith("scaled") else -0.03, 1.1)
     finish(
         axes,
         experiment["vary"] or "length",
