@@ -1,6 +1,7 @@
 """Runs in processes: the toy suite as a whole, and what happens when a run goes wrong."""
 
 import json
+import multiprocessing
 import subprocess
 import sys
 import time
@@ -10,7 +11,10 @@ import pytest
 import yaml
 
 from eval.science.__main__ import main, run, suite_file
+from eval.science.plan import Plan
+from eval.science.pool import FORK_POISONED, Pool, _Running
 from eval.science.suite import load_science_suite
+from eval.science.worker import ERROR, write_json
 
 ROOT = Path(__file__).parents[2]
 MAMBA = {
@@ -167,3 +171,41 @@ def test_the_toy_suite(tmp_path) -> None:
     assert look_up in ("confirmed", "not decided")
     assert [row["verdict"] for row in results["controls"]] == ["confirmed"] * 3
     assert results["flagged"] == []
+
+
+def test_what_is_worth_a_second_attempt(tmp_path) -> None:
+    """On GPUs a failed run goes once more without a graph; where forked processes cannot use a GPU,
+    later ones begin from nothing."""
+    file = write_suite(tmp_path / "suite.yaml")
+    plan = Plan(load_science_suite(file), tmp_path / "out")
+    said: list[str] = []
+    pool = Pool(plan, workers=1, timeout_s=9, minutes=None, say=said.append)
+    pool.gpus = 1
+    group, key = next(plan.open())
+    job = plan.job(group, key)
+
+    def failed(execution=None, method="forkserver", error="it fell over"):
+        folder = plan.folder(job)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / ERROR, {"hash": job.hash, "error": error, "execution": execution})
+        ended = _Running(multiprocessing.Process(), group, key, job, 0.0, execution, method)
+        pool._settle(ended, "nothing was left", 1.0)
+
+    failed()
+    assert group.errors == {}
+    assert [again[2] for again in pool._again] == ["eager"]
+    pool._again.clear()
+    failed(execution="eager")
+    assert group.errors == {key: "it fell over"}
+    assert pool._again == []
+    assert "FAILED: it fell over" in said[-1]
+
+    group.errors.clear()
+    failed(error=f"RuntimeError: {FORK_POISONED}. To use CUDA ...")
+    assert pool._method == "spawn"
+    assert [again[2] for again in pool._again] == [None]
+
+    pool._again.clear()
+    pool.gpus = 0
+    failed()
+    assert group.errors == {key: "it fell over"}  # a CPU has nothing else to try
