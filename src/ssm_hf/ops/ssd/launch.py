@@ -265,8 +265,8 @@ def _forward(
         totals, carry = None, None
         if segments > 1:
             totals, carry = _totals(k, segments)
-            # The forward pass's half of `ssd_states_kernel` has options of its own.
-            light = k.options("ssd_totals")
+            light = k.options("ssd_states")
+            light.pop("PROGRAMS")
             _states(
                 k, x, B, None, decay, segments, (totals, carry, totals, carry),
                 (None, None, None), (None, None), light,
