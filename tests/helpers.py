@@ -1,8 +1,12 @@
 """What several test files share."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
+from transformers.models.auto import configuration_auto, modeling_auto
 
 from ssm_hf import Mamba2Config, MambaConfig
 
@@ -50,3 +54,17 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
 def kernel_device() -> torch.device:
     """Where kernels run in tests: a GPU, or CPU tensors in Triton's interpreter."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def auto_classes_restored() -> Iterator[None]:
+    """Give later tests the Auto classes as they are now."""
+    mappings = (
+        configuration_auto.CONFIG_MAPPING,
+        modeling_auto.MODEL_MAPPING,
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+    )
+    before = [dict(mapping._extra_content) for mapping in mappings]
+    yield
+    for mapping, content in zip(mappings, before, strict=True):
+        mapping._extra_content = content

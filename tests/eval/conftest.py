@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.models.auto import configuration_auto, modeling_auto
 
 import ssm_hf
 from eval.model import LoadedModel, load_model
+from eval.science import controls
+from tests.helpers import auto_classes_restored
 
 
 @pytest.fixture(autouse=True)
@@ -24,16 +25,9 @@ def _datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True, scope="package")
 def _our_classes() -> Iterator[None]:
     """Register our classes, and give other tests transformers' own back."""
-    mappings = (
-        configuration_auto.CONFIG_MAPPING,
-        modeling_auto.MODEL_MAPPING,
-        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
-    )
-    before = [dict(mapping._extra_content) for mapping in mappings]
-    ssm_hf.register(override=True)
-    yield
-    for mapping, content in zip(mappings, before, strict=True):
-        mapping._extra_content = content
+    with auto_classes_restored():
+        ssm_hf.register(override=True)
+        yield
 
 
 @pytest.fixture(scope="package")
@@ -82,3 +76,11 @@ def run_dir(tmp_path: Path) -> Path:
     description = {"dtype": "uint16", "count": len(ids)}
     (tmp_path / "seen_tokens.json").write_text(json.dumps(description))
     return tmp_path
+
+
+@pytest.fixture
+def science_classes() -> Iterator[None]:
+    """The science suite's controls are registered for a test alone."""
+    with auto_classes_restored():
+        controls.register()
+        yield

@@ -92,6 +92,19 @@ def test_outputs_of_convolution_and_step_projection_are_not_kept() -> None:
     assert 2 * BATCH * LENGTH * INNER in kept.values(), "proj"
 
 
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_packing_that_does_not_fit_is_named(impl: str) -> None:
+    leaves = _leaves()
+    short = torch.zeros(BATCH, LENGTH - 1, dtype=torch.long)
+    with pytest.raises(ValueError, match="seq_idx must be an integer tensor of shape"):
+        mamba1_mix(**leaves, seq_idx=short, impl=impl)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="mask must be a bool tensor of shape"):
+        mamba1_mix(**leaves, mask=short == 0, impl=impl)  # pyright: ignore[reportArgumentType]
+    empty = {**leaves, "proj": leaves["proj"][:, :0]}  # pyright: ignore[reportOptionalSubscript]
+    with pytest.raises(ValueError, match="T=0"):
+        mamba1_mix(**empty, impl=impl)  # pyright: ignore[reportArgumentType]
+
+
 def test_wrong_shapes_are_named() -> None:
     leaves = _leaves()
     with pytest.raises(ValueError, match="x_weight must have shape"):

@@ -115,10 +115,25 @@ def test_only_proj_and_what_the_scan_gave_are_kept() -> None:
     assert sorted(large) == [BATCH * LENGTH * INNER, proj.numel()]
 
 
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_packing_that_does_not_fit_is_named(impl: str) -> None:
+    leaves = _leaves()
+    short = torch.zeros(BATCH, LENGTH - 1, dtype=torch.long)
+    with pytest.raises(ValueError, match="seq_idx must be an integer tensor of shape"):
+        mamba2_mix(**leaves, n_groups=1, seq_idx=short, impl=impl)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="mask must be a bool tensor of shape"):
+        mamba2_mix(**leaves, n_groups=1, mask=short == 0, impl=impl)  # pyright: ignore[reportArgumentType]
+    empty = {**leaves, "proj": leaves["proj"][:, :0]}  # pyright: ignore[reportOptionalSubscript]
+    with pytest.raises(ValueError, match="T=0"):
+        mamba2_mix(**empty, n_groups=1, impl=impl)  # pyright: ignore[reportArgumentType]
+
+
 def test_wrong_shapes_are_named() -> None:
     leaves = _leaves()
     with pytest.raises(ValueError, match="norm_weight must have shape"):
         mamba2_mix(**{**leaves, "norm_weight": torch.ones(3)}, n_groups=1)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="D must have shape"):
+        mamba2_mix(**{**leaves, "D": torch.ones(3)}, n_groups=1)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="n_groups must divide"):
         mamba2_mix(**leaves, n_groups=3)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="proj must have shape"):

@@ -6,27 +6,19 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from transformers.models.auto import configuration_auto, modeling_auto
 
 import ssm_hf
-
-AUTO_MAPPINGS = (
-    configuration_auto.CONFIG_MAPPING,
-    modeling_auto.MODEL_MAPPING,
-    modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
-)
+from tests.helpers import auto_classes_restored
 
 
 @pytest.fixture(autouse=True)
 def fresh_process_state():
     """Accelerate keeps state per process; `register(override=True)` changes the Auto classes."""
-    before = [dict(mapping._extra_content) for mapping in AUTO_MAPPINGS]
-    yield
+    with auto_classes_restored():
+        yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     PartialState._reset_state()
-    for mapping, content in zip(AUTO_MAPPINGS, before, strict=True):
-        mapping._extra_content = content
 
 
 def write_jsonl(path: Path, records: list) -> Path:

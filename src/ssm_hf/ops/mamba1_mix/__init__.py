@@ -8,7 +8,7 @@ from ssm_hf.ops.causal_conv1d import MAX_TAPS
 from ssm_hf.ops.dispatch import HAS_TRITON, pick
 from ssm_hf.ops.launch import unsupported_dtypes
 from ssm_hf.ops.mamba1_mix.reference import mamba1_mix_torch
-from ssm_hf.ops.packing import in_given_precision
+from ssm_hf.ops.packing import check_packing, in_given_precision
 from ssm_hf.ops.selective_scan import why_unsupported
 
 if HAS_TRITON:
@@ -65,7 +65,7 @@ def mamba1_mix(
         computed.
 
     Raises:
-        ValueError: shapes disagree.
+        ValueError: shapes disagree, or T = 0.
         ImplementationUnavailableError: `impl="triton"` cannot run.
 
     Source: Gu and Dao 2023, figure 3 and algorithm 2.
@@ -84,6 +84,7 @@ def mamba1_mix(
     ):
         if value is not None and value.shape != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+    check_packing(proj.shape[0], proj.shape[1], None, (), seq_idx, None, mask)
     weights = (conv_weight, x_weight, dt_weight, dt_bias, D, out_weight)
     unsupported = unsupported_dtypes(proj, *weights)
     if unsupported is None and conv_weight.shape[1] > MAX_TAPS:

@@ -8,7 +8,7 @@ from ssm_hf.ops.causal_conv1d import MAX_TAPS
 from ssm_hf.ops.dispatch import HAS_TRITON, pick
 from ssm_hf.ops.launch import unsupported_dtypes
 from ssm_hf.ops.mamba2_mix.reference import mamba2_mix_torch
-from ssm_hf.ops.packing import in_given_precision
+from ssm_hf.ops.packing import check_packing, in_given_precision
 from ssm_hf.ops.ssd import why_unsupported
 
 if HAS_TRITON:
@@ -68,7 +68,7 @@ def mamba2_mix(
         (B, T, O), or (B, T, H P) without out_weight, in proj's dtype.
 
     Raises:
-        ValueError: shapes disagree.
+        ValueError: shapes disagree, or T = 0.
         ImplementationUnavailableError: `impl="triton"` cannot run.
 
     Source: Dao and Gu 2024, figure 6.
@@ -88,9 +88,11 @@ def mamba2_mix(
         ("out_weight", out_weight, (None if out_weight is None else out_weight.shape[0], inner)),
         ("conv_bias", conv_bias, (conv_size,)),
         ("A", A, (heads,)),
+        ("D", D, (heads,) if D.ndim == 1 else (heads, inner // heads)),
     ):
         if value is not None and value.shape != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+    check_packing(proj.shape[0], proj.shape[1], None, (), seq_idx, None, mask)
     unsupported = unsupported_dtypes(proj, conv_weight, norm_weight, out_weight)
     if unsupported is None and conv_weight.shape[1] > MAX_TAPS:
         unsupported = f"kernels take 1 to {MAX_TAPS} taps, got K={conv_weight.shape[1]}"
