@@ -12,6 +12,7 @@ from ssm_hf.ops.dispatch import (
     print_implementations,
 )
 from ssm_hf.ops.linear_scan import linear_scan
+from ssm_hf.ops.mamba3_scan import Mamba3State, mamba3_scan
 from ssm_hf.ops.rms_norm import add_rms_norm, rms_norm
 from ssm_hf.ops.selective_scan import selective_scan
 from ssm_hf.ops.ssd import ssd
@@ -23,6 +24,7 @@ else:
 
 __all__ = [
     "ImplementationUnavailableError",
+    "Mamba3State",
     "add_rms_norm",
     "causal_conv1d",
     "compile_ahead",
@@ -30,6 +32,7 @@ __all__ = [
     "implementations",
     "linear_cross_entropy",
     "linear_scan",
+    "mamba3_scan",
     "print_implementations",
     "rms_norm",
     "selective_scan",

@@ -23,6 +23,7 @@ OPERATORS = (
     "linear_scan",
     "mamba1_mix",
     "mamba2_mix",
+    "mamba3_scan",
     "norm_linear",
     "norm_proj",
     "rms_norm",
@@ -41,7 +42,7 @@ class ImplementationUnavailableError(RuntimeError):
 
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-_WITHOUT_KERNEL = ("linear_scan",)
+_WITHOUT_KERNEL = ("linear_scan", "mamba3_scan")
 
 
 # Triton decides this when a kernel is defined, so here too it is decided once.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
+_State = TypeVar("_State", bound=Tensor | tuple[Tensor, ...])
 
 
 def in_given_precision(
@@ -161,13 +162,19 @@ def document_starts(doc: Tensor) -> Tensor:
     return torch.nn.functional.pad(doc[:, 1:] != doc[:, :-1], (1, 0))
 
 
+def _each(change: Callable[..., Tensor], *states: _State) -> _State:
+    """`change` of the tensors of states, which are a tensor or a named tuple of tensors each."""
+    first = states[0]
+    return change(*states) if isinstance(first, Tensor) else type(first)(*map(change, *states))
+
+
 def run_per_document(
-    run: Callable[..., tuple[Tensor, Tensor]],
+    run: Callable[..., tuple[Tensor, _State]],
     sequences: Mapping[str, Tensor | None],
     cu_seqlens: Tensor,
-    initial_state: Tensor | None,
+    initial_state: _State | None,
     mask: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, _State]:
     """Run an operator on each document of one packed row, with a state per document.
 
     Documents of similar length (within a factor of two) run together as one right-padded batch, so
@@ -177,7 +184,7 @@ def run_per_document(
         run: `run(**sequences, initial_state=, mask=) -> (y, final_state)` over a padded batch.
         sequences: inputs with a time dimension, (1, T, ...) each; None is passed through.
         cu_seqlens: (n + 1,) document offsets.
-        initial_state: (n, ...) or None.
+        initial_state: (n, ...), or a named tuple of such tensors, or None.
         mask: (1, T) or None.
 
     Returns:
@@ -191,7 +198,7 @@ def run_per_document(
 
     outputs: list[Tensor] = []
     positions: list[Tensor] = []
-    states: list[Tensor] = []
+    states: list[_State] = []
     order: list[int] = []
     for documents in buckets.values():
         starts = torch.tensor([offsets[d] for d in documents], device=device)
@@ -202,7 +209,9 @@ def run_per_document(
         real = step < lengths[:, None]
         y, state = run(
             **{name: None if s is None else s[0][index] for name, s in sequences.items()},
-            initial_state=None if initial_state is None else initial_state[documents],
+            initial_state=None
+            if initial_state is None
+            else _each(lambda s, rows=documents: s[rows], initial_state),
             mask=real if mask is None else real & mask[0][index],
         )
         outputs.append(y[real])
@@ -211,4 +220,4 @@ def run_per_document(
         order += documents
     y = torch.cat(outputs)[torch.argsort(torch.cat(positions))]
     back = torch.argsort(torch.tensor(order, device=device))
-    return y[None], torch.cat(states)[back]
+    return y[None], _each(lambda *parts: torch.cat(parts)[back], *states)

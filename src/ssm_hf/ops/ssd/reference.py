@@ -122,7 +122,7 @@ class _Chunks(NamedTuple):
     whole: Tensor  # (c, B, G, 1, R, 1), decay over the chunk
 
 
-def _decays(
+def chunk_decays(
     dtA: Tensor, doc: Tensor | None, doc_before: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Decays of chunks: dtA (c, B, G, Q, R), doc (c, B, Q), doc_before (c, B) of the token before.
@@ -166,7 +166,7 @@ class _ChunkedScan(torch.autograd.Function):
             # The document before the first chunk is number 0: it continues the initial state.
             last = F.pad(doc[:, :, -1], (0, 0, 1, 0))
             doc, before = doc[i], last[:-1][i]
-        M, from_entry, to_exit, whole = _decays(dt[i] * A[:, None], doc, before)
+        M, from_entry, to_exit, whole = chunk_decays(dt[i] * A[:, None], doc, before)
         return _Chunks(x[i] * dt[i][..., None], B[i], C[i], M, from_entry, to_exit, whole)
 
     @staticmethod
