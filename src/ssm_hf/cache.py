@@ -16,6 +16,27 @@ State = dict[str, Tensor]
 # (state before, inputs (B, T, ...) of the tokens to replay, constants) -> state after them
 Replay = Callable[[State, dict[str, Tensor], dict[str, Tensor]], State]
 
+# What came in at the last tokens, as it came; nothing is summed in it.
+_INPUTS = ("conv_state", "k_state", "v_state")
+# Rounded, these would go wrong for good: an angle of a bf16 number is up to 0.02 off.
+_NEVER_ROUNDED = ("angle_state",)
+
+
+def kept_dtype(
+    name: str, activations: torch.dtype, wide: torch.dtype, asked: torch.dtype | None
+) -> torch.dtype:
+    """The dtype in which a layer keeps the state `name`: the one place that says it.
+
+    Args:
+        name: of the state.
+        activations: dtype of the mixer's activations, in which recent inputs are kept.
+        wide: dtype that the scan computes in, in which its sums are kept,
+        asked: unless another one is asked for.
+    """
+    if name in _INPUTS:
+        return activations
+    return wide if asked is None or name in _NEVER_ROUNDED else asked
+
 
 class RecurrentLayer:
     """State of one recurrent layer.
@@ -25,7 +46,7 @@ class RecurrentLayer:
 
     Args:
         record_window: tokens of a long call whose inputs are kept for `crop`.
-        state_dtype: of the states other than the convolution's inputs; None = as computed.
+        state_dtype: of the scan's sums, see `kept_dtype`; None = as computed.
     """
 
     is_compileable = False  # generate() must not wrap the forward pass in torch.compile on its own
@@ -78,8 +99,8 @@ class RecurrentLayer:
     def write(self, state: State) -> None:
         """Replace the state: in place where tensors exist, by reference where gradients flow."""
         for name, computed in state.items():
-            dtype = computed.dtype if name == "conv_state" else self.state_dtype
-            new, old = computed.to(dtype or computed.dtype), self.state.get(name)
+            dtype = kept_dtype(name, computed.dtype, computed.dtype, self.state_dtype)
+            new, old = computed.to(dtype), self.state.get(name)
             if new.requires_grad or (old is not None and old.requires_grad):
                 self.state[name] = new
             elif old is None or old.shape != new.shape or old.device != new.device:

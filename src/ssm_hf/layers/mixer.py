@@ -1,4 +1,4 @@
-"""What every sequence mixer is, and the projections that the Mamba mixers share."""
+"""What every sublayer and sequence mixer is, and the projections that the Mamba mixers share."""
 
 import math
 from typing import Any, ClassVar, Literal
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from ssm_hf.cache import RecurrentCache, RecurrentLayer, State
+from ssm_hf.cache import RecurrentCache, RecurrentLayer, State, kept_dtype
 from ssm_hf.layers.linear import Linear, linear_dtype
 from ssm_hf.layers.norm import ResidualNorm, RMSNorm
 from ssm_hf.ops import causal_conv1d
@@ -21,24 +21,19 @@ from ssm_hf.sequence import SequenceInfo
 Initialization = Literal["mamba_ssm", "transformers"]
 
 
-class Mixer(nn.Module):
-    """Mixes along the sequence, (B, T, D) -> (B, T, D).
+class Sublayer(nn.Module):
+    """What stands behind a norm on the residual stream, (B, T, D) -> (B, T, D).
 
-    Training, prefill, continuation from a cache and one-token decoding are the same call. A mixer
-    lists the parameters that weight decay must not touch, owns its initial values, and says how
-    large its states are and how many operations a token costs.
+    It lists the parameters that weight decay must not touch, owns its initial values, and says how
+    many operations a token costs.
     """
 
     no_decay: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, layer_idx: int) -> None:
-        super().__init__()
-        self.layer_idx = layer_idx
-
     def forward(
         self, x: Tensor, seq: SequenceInfo, past_key_values: RecurrentCache | None = None
     ) -> Tensor:
-        """Mix x (B, T, D); with a cache, continue from its state and update it."""
+        """x (B, T, D) -> (B, T, D); with a cache, continue from its state and update it."""
         raise NotImplementedError
 
     def residual_step(
@@ -58,15 +53,11 @@ class Mixer(nn.Module):
         self, update: Tensor, stream: Tensor | None, norm: nn.Module, seq: SequenceInfo
     ) -> tuple[Tensor, Tensor] | None:
         """self(norm(x)) and x = stream + update, from no state to none, where one operator can do
-        norm and in_proj, and another the rest: these keep less for the backward pass.
+        norm and the first projection, and others the rest: these keep less for the backward pass.
 
         None where they do not apply; `norm` and `forward` then do the same.
         """
         return None
-
-    def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors that this mixer keeps in a cache."""
-        raise NotImplementedError
 
     def flops_per_token(self) -> int:
         """Floating-point operations of one token's forward pass (a multiply-add counts 2)."""
@@ -81,8 +72,25 @@ class Mixer(nn.Module):
             scheme: `"mamba_ssm"` (linear layers uniform in ±1/sqrt(fan_in)) or `"transformers"`
                 (normal with standard deviation `std`).
             std: used by `"transformers"` only.
-            num_residual_layers: out_proj is divided by the root of it; None = not divided.
+            num_residual_layers: the last projection is divided by the root of it; None = not
+                divided.
         """
+        raise NotImplementedError
+
+
+class Mixer(Sublayer):
+    """Mixes along the sequence.
+
+    Training, prefill, continuation from a cache and one-token decoding are the same call. Beside
+    what a sublayer says, a mixer says how large its states are.
+    """
+
+    def __init__(self, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+
+    def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors that this mixer keeps in a cache."""
         raise NotImplementedError
 
     def _layer(
@@ -93,8 +101,8 @@ class Mixer(nn.Module):
             return None, {}
         layer = past_key_values.layers[self.layer_idx]
         shapes = self.state_shapes(x.shape[0])
-        wide = layer.state_dtype or compute_dtype(x)
-        dtypes = {name: x.dtype if name == "conv_state" else wide for name in shapes}
+        wide = compute_dtype(x)
+        dtypes = {name: kept_dtype(name, x.dtype, wide, layer.state_dtype) for name in shapes}
         return layer, layer.read(shapes, dtypes)
 
 

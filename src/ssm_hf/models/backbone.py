@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from ssm_hf.cache import RecurrentCache
 from ssm_hf.generation import current_session
-from ssm_hf.layers.mixer import Mixer, all_plain, has_own_forward, reset_linear
+from ssm_hf.layers.mixer import Sublayer, all_plain, has_own_forward, reset_linear
 from ssm_hf.layers.norm import RMSNorm
 from ssm_hf.models.checkpoint import check_checkpoint
 from ssm_hf.models.generating import GeneratingMixin, check_cache, one_cache
@@ -85,7 +85,7 @@ def _fused_step(
     """The whole of `residual` for one token, where the sublayer can do it in a few kernels."""
     if past_key_values is None or update.shape[1] != 1 or seq.mask is not None:
         return None
-    if not isinstance(sublayer, Mixer) or not has_own_forward(sublayer):
+    if not isinstance(sublayer, Sublayer) or not has_own_forward(sublayer):
         return None
     return sublayer.residual_step(update, stream, norm, past_key_values)
 
@@ -99,7 +99,7 @@ def _fused_pass(
     past_key_values: RecurrentCache | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """The whole of `residual` without a cache, where the sublayer can do it in fewer operators."""
-    if past_key_values is not None or not isinstance(sublayer, Mixer):
+    if past_key_values is not None or not isinstance(sublayer, Sublayer):
         return None
     if not has_own_forward(sublayer):
         return None
@@ -119,9 +119,11 @@ class SSMPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         scheme, std = self.config.initialization, self.config.initializer_range
-        if isinstance(module, Mixer):
+        if isinstance(module, Sublayer):
             rescale = scheme == "mamba_ssm" or self.config.rescale_prenorm_residual
             depth = self.config.num_hidden_layers if rescale else None
+            if depth is not None:
+                depth *= getattr(self.config, "residuals_per_layer", 1)
             module.reset_parameters(scheme, std, depth)
         elif isinstance(module, RMSNorm):
             module.reset_parameters()
@@ -166,7 +168,7 @@ class SSMPreTrainedModel(PreTrainedModel):
         spared: set[nn.Parameter] = set()
         for module in self.modules():
             spare: Iterable[str] = ("bias",)
-            if isinstance(module, Mixer):
+            if isinstance(module, Sublayer):
                 spare = (*spare, *module.no_decay)
             elif isinstance(module, RMSNorm):
                 spare = ("weight",)
@@ -191,9 +193,9 @@ class SSMPreTrainedModel(PreTrainedModel):
             sequence_length: tokens per row, for layers whose cost grows with it.
         """
         del sequence_length
-        mixers = sum(m.flops_per_token() for m in self.modules() if isinstance(m, Mixer))
+        sublayers = sum(m.flops_per_token() for m in self.modules() if isinstance(m, Sublayer))
         head = self.get_output_embeddings()
-        return mixers + (0 if head is None else 2 * head.weight.numel())  # pyright: ignore[reportCallIssue, reportOperatorIssue, reportAttributeAccessIssue]
+        return sublayers + (0 if head is None else 2 * head.weight.numel())  # pyright: ignore[reportCallIssue, reportOperatorIssue, reportAttributeAccessIssue]
 
 
 class BackboneMixin:

@@ -1,4 +1,4 @@
-"""Checks shared by the configs of formats that transformers owns.
+"""Checks shared by all configs, and those of formats that transformers owns.
 
 Such a config keeps upstream's fields and defaults. Upstream stores any unknown keyword and ignores
 it; here a constructor refuses one, and a file is refused where it asks for a model that the format
@@ -38,6 +38,7 @@ class NativeConfigMixin(PreTrainedConfig):
     """Adds the checks above to a config class of transformers."""
 
     _derived = ()
+    _inexpressible = INEXPRESSIBLE
 
     def __post_init__(self, **kwargs: Any) -> None:
         fields = set(type(self).__dataclass_fields__)
@@ -46,7 +47,7 @@ class NativeConfigMixin(PreTrainedConfig):
             if key in known or key.startswith("_"):
                 continue
             name = type(self).__name__
-            if key in INEXPRESSIBLE:
+            if key in self._inexpressible:
                 raise ValueError(
                     f"{name} got {key}={value!r}, which the {self.model_type!r} format cannot "
                     "express; transformers would ignore it and run another model"
@@ -69,7 +70,7 @@ class NativeConfigMixin(PreTrainedConfig):
                 "config.json is in mamba_ssm's own format (it has d_model, not hidden_size): "
                 "convert the checkpoint with `python -m ssm_hf.convert SRC DST`"
             )
-        for key, neutral in INEXPRESSIBLE.items():
+        for key, neutral in cls._inexpressible.items():
             value = config_dict.get(key, neutral[0])
             if value in neutral:
                 continue
@@ -97,22 +98,34 @@ class NativeConfigMixin(PreTrainedConfig):
         return result
 
     def validate_architecture(self) -> None:
-        """What every format of ours requires; subclasses add theirs."""
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "state_size", "expand",
-                     "conv_kernel"):  # fmt: skip
-            value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.hidden_act not in ("silu", "swish"):  # pyright: ignore[reportAttributeAccessIssue]
-            raise ValueError(
-                f'hidden_act must be "silu", which the operators apply, got {self.hidden_act!r}'  # pyright: ignore[reportAttributeAccessIssue]
-            )
-        if self.initialization not in ("mamba_ssm", "transformers"):  # pyright: ignore[reportAttributeAccessIssue]
-            raise ValueError(
-                f'initialization must be "mamba_ssm" or "transformers", got {self.initialization!r}'  # pyright: ignore[reportAttributeAccessIssue]
-            )
-        low, high = self.time_step_min, self.time_step_max  # pyright: ignore[reportAttributeAccessIssue]
-        if not 0 < low <= high:
-            raise ValueError(
-                f"time_step_min and time_step_max must satisfy 0 < min <= max, got {low}, {high}"
-            )
+        """What the formats of Mamba-1 and Mamba-2 require; subclasses add theirs."""
+        check_positive(self, "vocab_size", "hidden_size", "num_hidden_layers", "state_size",
+                       "expand", "conv_kernel")  # fmt: skip
+        check_choice(self, "hidden_act", ("silu", "swish"))
+        check_choice(self, "initialization", ("mamba_ssm", "transformers"))
+        check_time_steps(self)
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Raise `ValueError` unless the fields are at least 1."""
+    for name in names:
+        value = getattr(config, name)
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_choice(config: Any, name: str, choices: tuple[Any, ...]) -> None:
+    """Raise `ValueError` unless the field has one of the values."""
+    value = getattr(config, name)
+    if value not in choices:
+        listed = " or ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name} must be {listed}, got {value!r}")
+
+
+def check_time_steps(config: Any) -> None:
+    """Raise `ValueError` unless the bounds of the initial step sizes are in order."""
+    low, high = config.time_step_min, config.time_step_max
+    if not 0 < low <= high:
+        raise ValueError(
+            f"time_step_min and time_step_max must satisfy 0 < min <= max, got {low}, {high}"
+        )

@@ -9,7 +9,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ssm_hf.cache import RecurrentCache
+from ssm_hf.cache import RecurrentCache, kept_dtype
 from ssm_hf.generation import (
     Piece,
     Request,
@@ -264,9 +264,11 @@ class GeneratingMixin:
             if isinstance(mixer, Mixer):
                 layer = cache.layers[mixer.layer_idx]
                 weight: Any = mixer.in_proj.weight  # pyright: ignore[reportAttributeAccessIssue]
-                wide = layer.state_dtype or compute_dtype(weight)
+                given, wide = weight.dtype, compute_dtype(weight)
                 layer.state = {
-                    name: weight.new_empty(shape, dtype=None if name == "conv_state" else wide)
+                    name: weight.new_empty(
+                        shape, dtype=kept_dtype(name, given, wide, layer.state_dtype)
+                    )
                     for name, shape in mixer.state_shapes(batch).items()
                 }
         states = [t for layer in cache.layers for t in layer.state.values()]

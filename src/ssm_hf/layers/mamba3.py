@@ -1,0 +1,292 @@
+"""Mamba-3's mixer (2026): a trapezoidal rule, rotating states, one or several streams a head."""
+
+import functools
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from ssm_hf.cache import RecurrentCache, State
+from ssm_hf.layers.init import dt_bias_values
+from ssm_hf.layers.linear import Linear
+from ssm_hf.layers.mixer import (
+    Initialization,
+    Mixer,
+    recorded_mask,
+    reset_linear,
+    reset_out_proj,
+)
+from ssm_hf.layers.norm import RMSNorm
+from ssm_hf.ops import mamba3_scan
+from ssm_hf.ops.mamba3_scan import Mamba3State
+from ssm_hf.ops.packing import compute_dtype
+from ssm_hf.ops.step_size import step_size
+from ssm_hf.sequence import SequenceInfo
+
+
+class Mamba3Mixer(Mixer):
+    """[z | x | B | C | dt | a | trap | angles] = in_proj(u); out_proj(scan, gated by z).
+
+    B and C are normed and biased and rotate by the running sum of the angles; see
+    `ssm_hf.ops.mamba3_scan`. There is no convolution.
+
+    Args:
+        hidden_size: D.
+        num_heads: H; I = H P.
+        head_dim: P.
+        state_size: N.
+        n_groups: G.
+        mimo_rank: R, streams of each head; with 1 there are no mimo_x, mimo_z and mimo_o.
+        num_angles: S, pairs of states that rotate; 0 = none.
+        rope_layout: `"pairwise"` or `"half"`.
+        A_activation: `"heavy_tail"` or `"softplus"`, see `decay_rates`.
+        A_floor: no rate is slower than this.
+        trapezoid: False leaves out the token before (exponential-Euler rule).
+        bc_bias: biases of B and C.
+        chunk_size: longest chunk of the chunked scan.
+        time_step_min, time_step_max, time_step_floor: initial step sizes.
+        norm_eps: of the norms of B and C, and of the output norm.
+        output_norm: norm of each head's (and stream's) output, before the gate.
+        use_bias: biases of in_proj and out_proj.
+        layer_idx: place in the cache.
+    """
+
+    # Decay would pull B's and C's biases and the streams' weights away from 1, which they start
+    # with and need (zero biases cost 5 % perplexity in the paper).
+    no_decay: ClassVar[tuple[str, ...]] = (
+        *("D", "dt_bias", "B_bias", "C_bias"),
+        *("mimo_x", "mimo_z", "mimo_o"),
+    )
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int,
+        state_size: int,
+        n_groups: int,
+        mimo_rank: int,
+        num_angles: int,
+        rope_layout: str,
+        A_activation: str,
+        A_floor: float,
+        trapezoid: bool,
+        bc_bias: bool,
+        chunk_size: int,
+        time_step_min: float,
+        time_step_max: float,
+        time_step_floor: float,
+        norm_eps: float,
+        output_norm: bool,
+        use_bias: bool,
+        layer_idx: int,
+    ) -> None:
+        super().__init__(layer_idx)
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.state_size = state_size
+        self.n_groups = n_groups
+        self.mimo_rank = mimo_rank
+        self.num_angles = num_angles
+        self.rope_layout = rope_layout
+        self.A_activation = A_activation
+        self.A_floor = A_floor
+        self.chunk_size = chunk_size
+        self.time_step = (time_step_min, time_step_max, time_step_floor)
+        inner, grouped = num_heads * head_dim, mimo_rank * n_groups * state_size
+        self.sizes = [
+            *(inner, inner, grouped, grouped, num_heads, num_heads),
+            *(num_heads if trapezoid else 0, num_angles),
+        ]
+        self.in_proj = Linear(hidden_size, sum(self.sizes), bias=use_bias)
+        self.dt_bias = nn.Parameter(torch.empty(num_heads))
+        self.B_norm = RMSNorm(state_size, eps=norm_eps)
+        self.C_norm = RMSNorm(state_size, eps=norm_eps)
+        per_stream = (num_heads, mimo_rank)
+        for name, shape, wanted in (
+            ("B_bias", (*per_stream, state_size), bc_bias),
+            ("C_bias", (*per_stream, state_size), bc_bias),
+            ("mimo_x", (*per_stream, head_dim), mimo_rank > 1),
+            ("mimo_z", (*per_stream, head_dim), mimo_rank > 1),
+            ("mimo_o", (*per_stream, head_dim), mimo_rank > 1),
+        ):
+            value = nn.Parameter(torch.empty(shape)) if wanted else None
+            self.register_parameter(name, value)
+        self.D = nn.Parameter(torch.empty(num_heads))
+        self.norm = None
+        if output_norm:
+            self.norm = RMSNorm(inner, eps=norm_eps, group_size=head_dim, norm_before_gate=True)
+        self.out_proj = Linear(inner, hidden_size, bias=use_bias)
+        # A mixer used outside a model is initialised too; a model draws again, by its config.
+        self.reset_parameters("mamba_ssm", std=0.0, num_residual_layers=None)
+
+    def reset_parameters(
+        self, scheme: Initialization, std: float, num_residual_layers: int | None
+    ) -> None:
+        """Draw all initial values."""
+        reset_linear(self.in_proj, scheme, std)
+        reset_out_proj(self.out_proj, num_residual_layers)
+        bias = dt_bias_values(self.num_heads, *self.time_step, self.dt_bias.device)
+        init.copy_(self.dt_bias, bias)
+        for name in ("B_bias", "C_bias", "mimo_z", "D"):
+            if getattr(self, name) is not None:
+                init.ones_(getattr(self, name))
+        for name in ("mimo_x", "mimo_o"):
+            if getattr(self, name) is not None:
+                init.constant_(getattr(self, name), 1 / self.mimo_rank)
+        for norm in (self.B_norm, self.C_norm, self.norm):
+            if norm is not None:
+                norm.reset_parameters()
+
+    def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
+        """The last angles, S, and the last k and x, which weigh in the next token's step."""
+        heads, head_dim, states = self.num_heads, self.head_dim, self.state_size
+        shapes: dict[str, tuple[int, ...]] = {
+            "angle_state": (batch, heads, self.num_angles),
+            "ssm_state": (batch, heads, head_dim, states),
+            "k_state": (batch, self.mimo_rank, heads, states),
+            "v_state": (batch, heads, head_dim),
+        }
+        if not self.num_angles:
+            del shapes["angle_state"]
+        return shapes
+
+    def flops_per_token(self) -> int:
+        """Projections, rotation, and the scan in its chunked form.
+
+        The scan's matrix products are between the R Q rows of a chunk of Q tokens, for each head,
+        for rotated B and C differ from head to head: scores, scores times x, states, and outputs
+        from states.
+        """
+        linear = self.in_proj.in_features * self.in_proj.out_features
+        linear += self.out_proj.in_features * self.out_proj.out_features
+        heads, head_dim, states, rank = (
+            *(self.num_heads, self.head_dim, self.state_size, self.mimo_rank),
+        )
+        rows = rank * self.chunk_size
+        products = heads * rank * (rows * (states + head_dim) + 2 * head_dim * states)
+        rotation = heads * rank * 4 * self.num_angles
+        streams = 3 * heads * rank * head_dim if rank > 1 else 0
+        return 2 * (linear + products + rotation + streams)
+
+    def forward(
+        self, x: Tensor, seq: SequenceInfo, past_key_values: RecurrentCache | None = None
+    ) -> Tensor:
+        """Mix x (B, T, D); with a cache, continue from its state and update it."""
+        z, hidden, B, C, dt, a, trap, angles = self.in_proj(x).split(self.sizes, dim=-1)
+        layer, state = self._layer(past_key_values, hidden)
+        z, hidden = (v.unflatten(-1, (self.num_heads, self.head_dim)) for v in (z, hidden))
+        grouped = (self.mimo_rank, self.n_groups, self.state_size)
+        B = self.B_norm(B.unflatten(-1, grouped))
+        C = self.C_norm(C.unflatten(-1, grouped))
+        A = decay_rates(a, self.A_activation, self.A_floor)
+        some_trap = trap if trap.shape[-1] else None
+        some_angles = angles if self.num_angles else None
+        plain = self.norm is None
+        scanned = mamba3_scan(
+            hidden,
+            dt,
+            A,
+            some_trap,
+            B,
+            C,
+            some_angles,
+            D=self.D,
+            z=z if plain else None,
+            B_bias=self.B_bias,
+            C_bias=self.C_bias,
+            mimo_x=self.mimo_x,
+            mimo_z=self.mimo_z if plain else None,
+            mimo_o=self.mimo_o if plain else None,
+            dt_bias=self.dt_bias,
+            dt_softplus=True,
+            rope_layout=self.rope_layout,
+            initial_state=_as_scan_state(state) if state else None,
+            seq_idx=seq.seq_idx,
+            mask=seq.mask,
+            return_final_state=layer is not None,
+            chunk_size=self.chunk_size,
+        )
+        y, final = scanned if isinstance(scanned, tuple) else (scanned, None)
+        if not plain:
+            y = self._norm_and_gate(y, z)
+        if layer is not None and final is not None:
+            if layer.record_past:
+                inputs = {"x": hidden, "B": B, "A": A, "mask": recorded_mask(seq, x)}
+                inputs["dt"] = step_size(dt, self.dt_bias, True, (0.0, float("inf")), None)
+                inputs |= {} if some_trap is None else {"trap": trap}
+                inputs |= {} if some_angles is None else {"angles": angles}
+                layer.record(_REPLAYS[self.rope_layout], inputs, self._replay_constants())
+            layer.write({name: t for name, t in zip(_STATES, final, strict=True) if t.numel()})
+        return self.out_proj(y.flatten(2))
+
+    def _norm_and_gate(self, y: Tensor, z: Tensor) -> Tensor:
+        """y (B, T, H, P), or (B, T, R, H, P) of several streams, normed and then gated by z."""
+        assert self.norm is not None
+        if self.mimo_x is None or self.mimo_z is None or self.mimo_o is None:
+            return self.norm(y.flatten(-2), z.flatten(-2))
+        streams = self.norm(
+            y.flatten(-2), (z[:, :, None] * self.mimo_z.transpose(0, 1)).flatten(-2)
+        )
+        summed = (streams.view_as(y) * self.mimo_o.transpose(0, 1)).sum(dim=2)
+        return summed.to(z.dtype)
+
+    def _replay_constants(self) -> dict[str, Tensor]:
+        """What the state depends on beside the tokens."""
+        given = {"B_bias": self.B_bias, "mimo_x": self.mimo_x}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+def decay_rates(a: Tensor, activation: str, floor: float) -> Tensor:
+    """A = -max(f(a), floor), fp32 or wider, of the data-dependent a (..., H).
+
+    `"heavy_tail"`: f(a) = 1 + a for a >= 0, else 1 / (1 - a), which falls more slowly than an
+    exponential: rates near 0, long memories, are learnt more easily. `"softplus"`: log(1 + exp(a)).
+    """
+    a = a.to(compute_dtype(a))
+    if activation == "softplus":
+        f = F.softplus(a)
+    else:
+        f = torch.where(a >= 0, 1 + a, 1 / (1 - a.clamp(max=0)))
+    return -f.clamp(min=floor)
+
+
+# Names of the operator's four states in a cache.
+_STATES = ("angle_state", "ssm_state", "k_state", "v_state")
+
+
+def _as_scan_state(state: State) -> Mamba3State:
+    ssm = state["ssm_state"]
+    angle = state.get("angle_state")
+    return Mamba3State(
+        ssm.new_zeros(*ssm.shape[:2], 0) if angle is None else angle,
+        *(state[name] for name in _STATES[1:]),
+    )
+
+
+def _replay(
+    rope_layout: str, state: State, inputs: dict[str, Tensor], constants: dict[str, Tensor]
+) -> State:
+    """State after the recorded tokens; only states are of use, so C is any tensor of B's shape."""
+    _, final = mamba3_scan(
+        inputs["x"],
+        inputs["dt"],
+        inputs["A"],
+        inputs.get("trap"),
+        inputs["B"],
+        inputs["B"],
+        inputs.get("angles"),
+        B_bias=constants.get("B_bias"),
+        mimo_x=constants.get("mimo_x"),
+        rope_layout=rope_layout,
+        initial_state=_as_scan_state(state) if state else None,
+        mask=inputs["mask"],
+        return_final_state=True,
+    )
+    return {name: t for name, t in zip(_STATES, final, strict=True) if t.numel()}
+
+
+_REPLAYS = {layout: functools.partial(_replay, layout) for layout in ("pairwise", "half")}
