@@ -228,9 +228,8 @@ class Mamba3Mixer(Mixer):
         assert self.norm is not None
         if self.mimo_x is None or self.mimo_z is None or self.mimo_o is None:
             return self.norm(y.flatten(-2), z.flatten(-2))
-        streams = self.norm(
-            y.flatten(-2), (z[:, :, None] * self.mimo_z.transpose(0, 1)).flatten(-2)
-        )
+        gate = z[:, :, None] * self.mimo_z.transpose(0, 1)
+        streams = self.norm(y.flatten(-2), gate.flatten(-2))
         summed = (streams.view_as(y) * self.mimo_o.transpose(0, 1)).sum(dim=2)
         return summed.to(z.dtype)
 

@@ -7,7 +7,7 @@ cannot express. Other keys of a file are kept, as upstream does.
 
 import difflib
 import logging
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import GenerationConfig, PreTrainedConfig
 
@@ -38,7 +38,7 @@ class NativeConfigMixin(PreTrainedConfig):
     """Adds the checks above to a config class of transformers."""
 
     _derived = ()
-    _inexpressible = INEXPRESSIBLE
+    _inexpressible: ClassVar[dict[str, Any]] = INEXPRESSIBLE
 
     def __post_init__(self, **kwargs: Any) -> None:
         fields = set(type(self).__dataclass_fields__)

@@ -1,7 +1,7 @@
 """Config of Mamba-3 models."""
 
 import logging
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 
@@ -55,9 +55,9 @@ class Mamba3Config(NativeConfigMixin):
         hidden_act: `"silu"`.
         residual_in_fp32: keep the residual stream in fp32.
         initialization: `"mamba_ssm"` (the recipe the models were trained with: linear layers
-            uniform in ±1/sqrt(fan_in), embeddings of standard deviation 0.02, out_proj and the MLP's
-            second layer divided by the root of `residuals_per_layer` * layers) or `"transformers"`
-            (normal with standard deviation `initializer_range`; divided only with
+            uniform in ±1/sqrt(fan_in), embeddings of standard deviation 0.02, the last projections
+            of mixer and MLP divided by the root of `residuals_per_layer` times the layers) or
+            `"transformers"` (normal with standard deviation `initializer_range`; divided only with
             `rescale_prenorm_residual`).
         initializer_range: see above.
         rescale_prenorm_residual: see above.
@@ -75,7 +75,7 @@ class Mamba3Config(NativeConfigMixin):
     """
 
     model_type = "mamba3"
-    _inexpressible = {}
+    _inexpressible: ClassVar[dict[str, Any]] = {}
 
     vocab_size: int = 128256
     hidden_size: int = 2048
@@ -169,8 +169,8 @@ class Mamba3Config(NativeConfigMixin):
             )
         if self.rope_fraction and self.num_angles == 0:
             raise ValueError(
-                f"rope_fraction={self.rope_fraction} of state_size={self.state_size} leaves no pair "
-                "of states to rotate; rope_fraction=0 means none"
+                f"rope_fraction={self.rope_fraction} of state_size={self.state_size} leaves no "
+                "pair of states to rotate; rope_fraction=0 means none"
             )
         if self.rope_fraction and self.rope_layout == "half" and self.state_size % 2:
             raise ValueError(f'rope_layout="half" needs an even state_size, got {self.state_size}')
