@@ -1,25 +1,24 @@
-"""Recurrent states of a model between calls.
+"""State of one layer between calls.
 
 A layer's state is a dict of named tensors, written only by its mixer. Its size does not depend on
 the number of tokens seen. Tensors keep their addresses while shapes stay the same.
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache
 
 State = dict[str, Tensor]
 # (state before, inputs (B, T, ...) of the tokens to replay, constants) -> state after them
 Replay = Callable[[State, dict[str, Tensor], dict[str, Tensor]], State]
 
 # What came in at the last tokens, as it came; nothing is summed in it.
-_INPUTS = ("conv_state", "k_state", "v_state")
+_INPUTS = ("conv_state", "k_state", "v_state", "keys", "values")
 # Rounded, these would go wrong for good: an angle of a bf16 number is up to 0.02 off.
 _NEVER_ROUNDED = ("angle_state",)
+# Numbers of tokens.
+_COUNTS = ("length", "position")
 
 
 def kept_dtype(
@@ -33,6 +32,8 @@ def kept_dtype(
         wide: dtype that the scan computes in, in which its sums are kept,
         asked: unless another one is asked for.
     """
+    if name in _COUNTS:
+        return torch.int64
     if name in _INPUTS:
         return activations
     return wide if asked is None or name in _NEVER_ROUNDED else asked
@@ -67,7 +68,27 @@ class RecurrentLayer:
 
     def __repr__(self) -> str:
         shapes = {name: tuple(t.shape) for name, t in self.state.items()}
-        return f"RecurrentLayer({shapes})"
+        return f"{type(self).__name__}({shapes})"
+
+    def like(self) -> "RecurrentLayer":
+        """An empty layer of the same kind, whose tensors will never be replaced by larger ones."""
+        return type(self)(self.record_window, self.state_dtype)
+
+    def begin(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtypes: Mapping[str, torch.dtype],
+        device: torch.device,
+    ) -> None:
+        """Hold the state that stands before a first token: zeros."""
+        with torch.inference_mode(False):
+            self.state = {
+                name: torch.zeros(shape, dtype=dtypes[name], device=device)
+                for name, shape in shapes.items()
+            }
+
+    def reserve(self, tokens: int) -> None:
+        """Be ready for a sequence of so many tokens; a recurrent state always is."""
 
     def read(
         self, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype]
@@ -83,8 +104,13 @@ class RecurrentLayer:
                 "the cache belongs to another model"
             )
         for name, stored in self.state.items():
-            if tuple(stored.shape) != tuple(shapes[name]):
-                what = "batch size" if stored.shape[1:] == torch.Size(shapes[name][1:]) else "model"
+            # -1 stands for any number of slots.
+            held, needed = (
+                tuple(n for n, m in zip(sizes, shapes[name], strict=False) if m != -1)
+                for sizes in (stored.shape, shapes[name])
+            )
+            if stored.ndim != len(shapes[name]) or held != needed:
+                what = "batch size" if held[1:] == needed[1:] else "model"
                 raise ValueError(
                     f"past_key_values belongs to another {what}: {name} has shape "
                     f"{tuple(stored.shape)}, expected {tuple(shapes[name])}"
@@ -131,7 +157,7 @@ class RecurrentLayer:
         """
         tokens = next(iter(inputs.values())).shape[1]
         if not self._inputs:
-            self._before = {name: t.detach().clone() for name, t in self.state.items()}
+            self._before = {name: t.detach().clone() for name, t in self._replayed().items()}
             self._inputs = {name: t.detach() for name, t in inputs.items()}
             keep = self.record_window if not self.state else max(self.record_window, tokens)
         else:
@@ -148,6 +174,10 @@ class RecurrentLayer:
             dropped = {name: t[:, :-keep] for name, t in self._inputs.items()}
             self._before = replay(self._before, dropped, self._constants)
             self._inputs = {name: t[:, -keep:].clone() for name, t in self._inputs.items()}
+
+    def _replayed(self) -> State:
+        """The part of the state that `crop` computes anew."""
+        return self.state
 
     @property
     def is_croppable(self) -> bool:
@@ -237,117 +267,16 @@ class RecurrentLayer:
         return sum(t.nbytes for t in self.state.values())
 
 
-class CacheSnapshot(NamedTuple):
-    """A copy of a cache's content at one moment; see `RecurrentCache.snapshot`."""
-
-    seen_tokens: int
-    states: tuple[State, ...]
-
-
-class RecurrentCache(Cache):
-    """One `RecurrentLayer` per layer, and a count of the tokens seen (pads included).
-
-    Args:
-        config: model config; its `num_hidden_layers` layers are all recurrent.
-        record_window: tokens of a prompt that `crop` can take back once past recording is on.
-        state_dtype: in which the scans' states are kept between calls; None = fp32 or wider. With
-            `torch.bfloat16` a decoding step moves half the memory, and rounds the state each time.
-
-    Raises:
-        ValueError: `state_dtype` is not a floating-point dtype.
-    """
-
-    layers: list[RecurrentLayer]  # pyright: ignore[reportIncompatibleVariableOverride]
-
-    def __init__(
-        self,
-        config: PreTrainedConfig,
-        *,
-        record_window: int = 256,
-        state_dtype: torch.dtype | None = None,
-    ) -> None:
-        if state_dtype is not None and not state_dtype.is_floating_point:
-            raise ValueError(f"state_dtype must be a floating-point dtype, got {state_dtype}")
-        self.seen_tokens = 0
-        count: int = config.num_hidden_layers  # pyright: ignore[reportAttributeAccessIssue]
-        layers = [RecurrentLayer(record_window, state_dtype) for _ in range(count)]
-        super().__init__(layers=layers)  # pyright: ignore[reportArgumentType]
-
-    @classmethod
-    def like(cls, cache: "RecurrentCache") -> "RecurrentCache":
-        """An empty cache with as many layers."""
-        empty = cls.__new__(cls)
-        empty.seen_tokens = 0
-        layers = [RecurrentLayer(x.record_window, x.state_dtype) for x in cache.layers]
-        Cache.__init__(empty, layers=layers)  # pyright: ignore[reportArgumentType]
-        return empty
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens seen, pads included."""
-        return self.seen_tokens
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        """-1: no longest sequence."""
-        return -1
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """(length, offset) of a mask over the cached and the new tokens."""
-        return self.seen_tokens + query_length, 0
-
-    def has_previous_state(
-        self, layer_idx: int | None = None, state_idx: int | None = None
-    ) -> bool:
-        """Whether the layer (default: the last) holds a state."""
-        return bool(self.layers[-1 if layer_idx is None else layer_idx].state)
+class StatelessLayer(RecurrentLayer):
+    """Stands for a block that keeps nothing, such as an MLP."""
 
     @property
-    def batch_size(self) -> int:
-        """Rows of the stored states, -1 while empty."""
-        states = self.layers[0].state if self.layers else {}
-        return next((t.shape[0] for t in states.values()), -1)
+    def is_croppable(self) -> bool:
+        """There is nothing to take back."""
+        return True
 
-    @property
-    def nbytes(self) -> int:
-        """Size of all states in bytes; it does not grow with the sequence."""
-        return sum(layer.nbytes for layer in self.layers)
-
-    def reset(self) -> None:
-        """Forget everything: the next call starts a sequence."""
-        super().reset()
-        self.seen_tokens = 0
+    def activate_past_recording(self) -> None:
+        """There is nothing to record."""
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last `-tokens_to_remove` tokens, which must have been recorded."""
-        if -tokens_to_remove > self.seen_tokens:
-            raise ValueError(
-                f"cannot take back {-tokens_to_remove} tokens of {self.seen_tokens} seen"
-            )
-        super().crop(tokens_to_remove)
-        self.seen_tokens += tokens_to_remove
-
-    def snapshot(self) -> CacheSnapshot:
-        """Copy of the present content, to `restore` any number of times."""
-        return CacheSnapshot(
-            self.seen_tokens,
-            tuple(
-                {name: t.detach().clone() for name, t in layer.state.items()}
-                for layer in self.layers
-            ),
-        )
-
-    def restore(self, snapshot: CacheSnapshot) -> None:
-        """Return to the content of `snapshot`, taken from this cache or one of the same model.
-
-        Raises:
-            ValueError: the snapshot has another number of layers.
-        """
-        if len(snapshot.states) != len(self.layers):
-            raise ValueError(
-                f"snapshot has {len(snapshot.states)} layers, this cache has {len(self.layers)}"
-            )
-        for layer, state in zip(self.layers, snapshot.states, strict=True):
-            held = layer.state
-            layer.reset()
-            layer.state = {name: t for name, t in held.items() if name in state}
-            layer.write(state)
-        self.seen_tokens = snapshot.seen_tokens
+        """There is nothing to take back."""
