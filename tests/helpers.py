@@ -8,15 +8,24 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.models.auto import configuration_auto, modeling_auto
 
-from ssm_hf import Mamba2Config, MambaConfig
+from ssm_hf import Mamba2Config, Mamba3Config, MambaConfig
 
 _TINY = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 16}
 
 
 def tiny(model_type: str, **overrides: object) -> PreTrainedConfig:
-    """A config of a few thousand parameters, with short chunks and several groups."""
+    """A config of a few thousand parameters, with short chunks and several groups.
+
+    `"mamba3-mimo"` is Mamba-3 with two streams and a norm of the outputs.
+    """
     if model_type == "mamba":
         return MambaConfig(**{**_TINY, "state_size": 4, **overrides})
+    if model_type.startswith("mamba3"):
+        own = {"intermediate_size": 64, "head_dim": 8, "state_size": 8, "n_groups": 2,
+               "chunk_size": 4}  # fmt: skip
+        if model_type == "mamba3-mimo":
+            own |= {"mimo_rank": 2, "output_norm": True}
+        return Mamba3Config(**{**_TINY, **own, **overrides})
     heads = {"num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 4}
     return Mamba2Config(**{**_TINY, **heads, **overrides})
 

@@ -1,10 +1,14 @@
 """State-space language models for Hugging Face."""
 
+from typing import Any
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ssm_hf.cache import CacheSnapshot, RecurrentCache, RecurrentLayer
 from ssm_hf.models.mamba import MambaConfig, MambaForCausalLM, MambaModel
 from ssm_hf.models.mamba2 import Mamba2Config, Mamba2ForCausalLM, Mamba2Model
+from ssm_hf.models.mamba3 import Mamba3Config, Mamba3ForCausalLM, Mamba3Model
 from ssm_hf.ops import (
     ImplementationUnavailableError,
     compile_ahead,
@@ -23,6 +27,9 @@ __all__ = [
     "Mamba2Config",
     "Mamba2ForCausalLM",
     "Mamba2Model",
+    "Mamba3Config",
+    "Mamba3ForCausalLM",
+    "Mamba3Model",
     "MambaConfig",
     "MambaForCausalLM",
     "MambaModel",
@@ -42,18 +49,29 @@ _NATIVE = (
     (MambaConfig, MambaModel, MambaForCausalLM),
     (Mamba2Config, Mamba2Model, Mamba2ForCausalLM),
 )
+_OWN = ((Mamba3Config, Mamba3Model, Mamba3ForCausalLM),)
 
 
 def register(*, override: bool = False) -> None:
     """Let transformers' Auto classes use our models.
 
-    Model types of our own are registered by the import already. With `override=True`, `AutoConfig`,
-    `AutoModel` and `AutoModelForCausalLM` take our classes for the types that transformers has
-    itself, `mamba` and `mamba2`, in this process; without it nothing changes for others.
+    Model types of our own (`mamba3`) are registered by the import already, unless another library
+    has taken the name before. With `override=True`, `AutoConfig`, `AutoModel` and
+    `AutoModelForCausalLM` take our classes in this process, for the types that transformers has
+    itself, `mamba` and `mamba2`, too; without it nothing changes for others.
     """
-    if not override:
-        return
-    for config, model, causal_lm in _NATIVE:
-        AutoConfig.register(config.model_type, config, exist_ok=True)
-        AutoModel.register(config, model, exist_ok=True)
-        AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
+    for classes in _OWN:
+        if override or classes[0].model_type not in CONFIG_MAPPING:
+            _register(*classes)
+    for classes in _NATIVE:
+        if override:
+            _register(*classes)
+
+
+def _register(config: Any, model: Any, causal_lm: Any) -> None:
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModel.register(config, model, exist_ok=True)
+    AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
+
+
+register()
