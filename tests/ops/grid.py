@@ -1,4 +1,4 @@
-"""Correctness of the kernels on a GPU, over the list of tests/ops/grid.json, against fp64.
+"""Correctness of the kernels on a GPU, over lists of shapes, against fp64.
 
     python -m tests.ops.grid [--only OPERATOR] [--processes 16] [--output FILE.jsonl]
 
@@ -27,33 +27,20 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import pairwise, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ssm_hf.ops import (
-    add_rms_norm,
-    causal_conv1d,
-    linear_cross_entropy,
-    rms_norm,
-    selective_scan,
-    ssd,
-)
-from ssm_hf.ops.causal_conv1d import causal_conv1d_recurrent
-from ssm_hf.ops.packing import document_numbers
-from ssm_hf.ops.selective_scan import selective_scan_recurrent
-from ssm_hf.ops.ssd import ssd_recurrent
-from ssm_hf.ops.step_size import step_size
 from tests.helpers import relative_error
-from tests.ops.pairwise import FACTORS, Row
+from tests.ops.grid_operators import KERNELS, WEIGHTS, Inputs, per_document, randn
+from tests.ops.grid_training import TRAINING
+from tests.ops.pairwise import FACTORS, LISTS, Row
 
-Inputs = dict[str, Any]
-ROWS: list[Row] = json.loads(Path(__file__).with_name("grid.json").read_text())
+OPERATORS = {**KERNELS, **TRAINING}
+ROWS, TRAINING_ROWS = (json.loads(Path(__file__).with_name(name).read_text()) for name in LISTS)
 LONG: Row = {
     "T": 70000, "N": 128, "B": 1, "G": 1, "P": 64, "packing": "none", "dtype": "bfloat16",
     "mask": False, "initial_state": True, "extras": True,
@@ -64,210 +51,7 @@ FP32_INPUTS = ("A", "D", "dt_bias", "initial_state")
 DRAWS = 3
 # What rounding to bf16 is expected to cost, relative, over many values.
 ROUNDING = 1.66e-3
-INTEGERS = ("seq_idx", "cu_seqlens", "mask", "targets")
-
-
-@dataclass(frozen=True)
-class Operator:
-    """How one operator is drawn for a row of the list, called, and defined token by token."""
-
-    draw: Callable[[Row, torch.Generator], Inputs]
-    run: Callable[..., Any]
-    sequential: Callable[[Inputs], tuple[Tensor, ...]] | None
-
-
-def _randn(generator: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
-
-
-def _packing(row: Row, generator: torch.Generator) -> Inputs:
-    B, T, device = row["B"], row["T"], generator.device
-    found: Inputs = {}
-    if row["packing"] == "seq_idx":
-        # Numbers that repeat later and do not rise: only a change from token to token counts.
-        new = torch.rand(B, T, generator=generator, device=device) < 0.05
-        found["seq_idx"] = new.cumsum(1).remainder(3).to(torch.int32)
-    elif row["packing"] == "cu_seqlens":
-        # One document is empty: its state passes through.
-        cuts = torch.randint(0, T + 1, (min(T, 5),), generator=generator, device=device)
-        ends = torch.tensor([0, T], device=device)
-        found["cu_seqlens"] = torch.cat([ends, cuts, cuts[:1]]).sort().values.to(torch.int32)
-    if row["mask"]:
-        found["mask"] = torch.rand(B, T, generator=generator, device=device) < 0.8
-    return found
-
-
-def _states(
-    row: Row, packing: Inputs, shape: tuple[int, ...], generator: torch.Generator
-) -> Inputs:
-    if not row["initial_state"]:
-        return {}
-    cu_seqlens = packing.get("cu_seqlens")
-    count = row["B"] if cu_seqlens is None else cu_seqlens.numel() - 1
-    return {"initial_state": _randn(generator, count, *shape)}
-
-
-def _draw_ssd(row: Row, generator: torch.Generator) -> Inputs:
-    B, T, G, N, P = (row[k] for k in "BTGNP")
-    H = {1: 3, 2: 4, 8: 8}[G]
-    randn = functools.partial(_randn, generator)
-    packing = _packing(row, generator)
-    inputs = {
-        "x": randn(B, T, H, P),
-        "dt": randn(B, T, H) - 2,
-        "A": -torch.exp(randn(H)),
-        "B": randn(B, T, G, N),
-        "C": randn(B, T, G, N),
-        "dt_bias": randn(H),
-        "D": randn(H),
-    }
-    if row["extras"]:
-        inputs |= {"D": randn(H, P), "z": randn(B, T, H, P)}
-    return {**inputs, **_states(row, packing, (H, P, N), generator), **packing}
-
-
-def _draw_selective_scan(row: Row, generator: torch.Generator) -> Inputs:
-    B, T, N = (row[k] for k in "BTN")
-    channels = row["P"] + row["G"]  # not a multiple of any block
-    randn = functools.partial(_randn, generator)
-    packing = _packing(row, generator)
-    inputs = {
-        "x": randn(B, T, channels),
-        "dt": randn(B, T, channels) - 2,
-        "A": -torch.exp(randn(channels, N)),
-        "B": randn(B, T, N),
-        "C": randn(B, T, N),
-        "dt_bias": randn(channels),
-    }
-    if row["extras"]:
-        inputs |= {"D": randn(channels), "z": randn(B, T, channels)}
-    return {**inputs, **_states(row, packing, (channels, N), generator), **packing}
-
-
-def _draw_conv(row: Row, generator: torch.Generator) -> Inputs:
-    taps, channels = {64: 2, 128: 3}.get(row["N"], 4), row["P"] * row["G"] + 8
-    packing = _packing(row, generator)
-    inputs = {
-        "x": _randn(generator, row["B"], row["T"], channels),
-        "weight": _randn(generator, channels, taps),
-    }
-    if row["extras"]:
-        inputs["bias"] = _randn(generator, channels)
-    return {**inputs, **_states(row, packing, (taps - 1, channels), generator), **packing}
-
-
-def _draw_norm(row: Row, generator: torch.Generator) -> Inputs:
-    shape = (row["B"], row["T"], row["G"] * row["P"])
-    inputs = {"x": _randn(generator, *shape), "weight": _randn(generator, shape[-1])}
-    if row["extras"]:
-        inputs["gate"] = _randn(generator, *shape)
-    return inputs
-
-
-def _draw_add_norm(row: Row, generator: torch.Generator) -> Inputs:
-    inputs = _draw_norm({**row, "extras": False}, generator)
-    if row["extras"]:
-        inputs["residual"] = _randn(generator, *inputs["x"].shape)
-    return inputs
-
-
-def _add_norm(x: Tensor, weight: Tensor, residual: Tensor | None = None, **options: Any) -> Any:
-    return add_rms_norm(x, residual, weight, eps=1e-5, **options)
-
-
-def _draw_loss(row: Row, generator: torch.Generator) -> Inputs:
-    """A vocabulary that no block divides; some targets are ignored."""
-    tokens, width, vocabulary = row["B"] * row["T"], row["P"] * row["G"], 7 * row["N"] + 5
-    targets = torch.randint(vocabulary, (tokens,), generator=generator, device=generator.device)
-    if row["mask"]:
-        ignored = torch.rand(tokens, generator=generator, device=generator.device) < 0.2
-        targets = targets.masked_fill(ignored, -100)
-        targets[0] = 0  # a mean over nothing is not defined
-    inputs = {
-        "hidden": _randn(generator, tokens, width),
-        "weight": _randn(generator, vocabulary, width) / width**0.5,
-        "targets": targets,
-    }
-    if row["extras"]:
-        inputs["bias"] = _randn(generator, vocabulary)
-    return inputs
-
-
-def _finish(y: Tensor, inputs: Inputs) -> Tensor:
-    D, z, mask, x = inputs.get("D"), inputs.get("z"), inputs.get("mask"), inputs["x"]
-    if D is not None:
-        y = y + (D if D.ndim == x.ndim - 2 else D[:, None]) * x
-    if z is not None:
-        y = y * F.silu(z)
-    return y if mask is None else y * mask.reshape(*mask.shape, *(1,) * (y.ndim - 2))
-
-
-def _scan(recurrent: Callable[..., tuple[Tensor, Tensor]], inputs: Inputs) -> tuple[Tensor, ...]:
-    """D, gate, step size and packing of both scans around the recurrence of one."""
-    x, mask = inputs["x"], inputs.get("mask")
-    delta = step_size(inputs["dt"], inputs.get("dt_bias"), True, (0.0, float("inf")), mask)
-    doc = document_numbers(inputs["seq_idx"], mask) if "seq_idx" in inputs else None
-    state = inputs.get("initial_state")
-    if state is None:
-        state = x.new_zeros(x.shape[0], *x.shape[2:], inputs["B"].shape[-1])
-    y, state = recurrent(x, delta, inputs["A"], inputs["B"], inputs["C"], state, doc)
-    return _finish(y, inputs), state
-
-
-def _conv(inputs: Inputs) -> tuple[Tensor, ...]:
-    mask = inputs.get("mask")
-    doc = document_numbers(inputs["seq_idx"], mask) if "seq_idx" in inputs else None
-    weight, bias, state = inputs["weight"], inputs.get("bias"), inputs.get("initial_state")
-    return causal_conv1d_recurrent(inputs["x"], weight, bias, "silu", state, doc, mask)
-
-
-def _per_document(
-    sequential: Callable[[Inputs], tuple[Tensor, ...]], inputs: Inputs
-) -> tuple[Tensor, ...]:
-    """Documents of `cu_seqlens` one after another, each with its own state."""
-    cu_seqlens = inputs["cu_seqlens"].tolist()
-    length, pieces, states = inputs["x"].shape[1], [], []
-    for number, (start, end) in enumerate(pairwise(cu_seqlens)):
-        part = {
-            name: value[:, start:end] if value.ndim > 1 and value.shape[1] == length else value
-            for name, value in inputs.items()
-            if name not in ("cu_seqlens", "initial_state", *_WEIGHTS)
-        }
-        part |= {name: inputs[name] for name in _WEIGHTS if name in inputs}
-        if "initial_state" in inputs:
-            part["initial_state"] = inputs["initial_state"][number : number + 1]
-        if start == end:
-            states.append(part.get("initial_state"))
-            continue
-        y, state = sequential(part)
-        pieces.append(y)
-        states.append(state)
-    empty = torch.zeros_like(next(s for s in states if s is not None))
-    return torch.cat(pieces, dim=1), torch.cat([empty if s is None else s for s in states])
-
-
-_WEIGHTS = ("A", "D", "dt_bias", "weight", "bias")
-
-OPERATORS = {
-    "ssd": Operator(
-        _draw_ssd,
-        functools.partial(ssd, dt_softplus=True, return_final_state=True),
-        functools.partial(_scan, ssd_recurrent),
-    ),
-    "selective_scan": Operator(
-        _draw_selective_scan,
-        functools.partial(selective_scan, dt_softplus=True, return_final_state=True),
-        functools.partial(_scan, selective_scan_recurrent),
-    ),
-    "causal_conv1d": Operator(
-        _draw_conv,
-        functools.partial(causal_conv1d, activation="silu", return_final_state=True),
-        _conv,
-    ),
-    "rms_norm": Operator(_draw_norm, functools.partial(rms_norm, eps=1e-5), None),
-    "add_rms_norm": Operator(_draw_add_norm, _add_norm, None),
-    "linear_cross_entropy": Operator(_draw_loss, linear_cross_entropy, None),
-}
+INTEGERS = ("seq_idx", "cu_seqlens", "mask", "targets", "n_groups", "norm_before_gate")
 
 
 def draw(operator: str, row: Row, device: torch.device, seed: int = 0) -> Inputs:
@@ -278,6 +62,7 @@ def draw(operator: str, row: Row, device: torch.device, seed: int = 0) -> Inputs
     for name, value in inputs.items():
         if name not in INTEGERS:
             wide = name in FP32_INPUTS and operator != "causal_conv1d"
+            wide = wide or (row.get("wide", False) and name in WEIGHTS)
             inputs[name] = value.to(torch.float32 if wide else dtype)
     return inputs
 
@@ -298,7 +83,7 @@ def evaluate(
     outputs = list(result) if isinstance(result, tuple) else [result]
     if cotangents is None:
         generator = torch.Generator(outputs[0].device).manual_seed(1)
-        cotangents = [_randn(generator, *y.shape).to(y.dtype) for y in outputs]
+        cotangents = [randn(generator, *y.shape).to(y.dtype) for y in outputs]
     used = [c.to(y.dtype) for c, y in zip(cotangents, outputs, strict=True)]
     made = torch.autograd.grad(outputs, list(leaves.values()), used, allow_unused=True)
     named = {"y": outputs[0], **({"state": outputs[1]} if len(outputs) > 1 else {})}
@@ -315,16 +100,16 @@ def expect(operator: str, row: Row, inputs: Inputs, cotangents: list[Tensor]) ->
         return evaluate(run, inputs, cotangents, torch.float64)[0]
     run = op.sequential
     if "cu_seqlens" in inputs:
-        run = functools.partial(_per_document, op.sequential)
+        run = functools.partial(per_document, op.sequential)
         return evaluate(run, inputs, cotangents, torch.float64)[0]
     # Row by row: a thousand steps of all rows would keep tens of gigabytes for their gradients.
     total: dict[str, Tensor] = {}
     parts: dict[str, list[Tensor]] = {}
     for b in range(row["B"]):
-        one = {n: v if n in _WEIGHTS else v[b : b + 1] for n, v in inputs.items()}
+        one = {n: v if n in WEIGHTS else v[b : b + 1] for n, v in inputs.items()}
         values, _ = evaluate(run, one, [c[b : b + 1] for c in cotangents], torch.float64)
         for name, value in values.items():
-            if name.removeprefix("d") in _WEIGHTS:
+            if name.removeprefix("d") in WEIGHTS:
                 total[name] = total[name] + value if name in total else value
             else:
                 parts.setdefault(name, []).append(value)
@@ -393,17 +178,24 @@ def check(
 
 
 def name_of(row: Row) -> str:
-    flags = [k for k in ("mask", "initial_state", "extras") if row[k]]
+    flags = [k for k, value in row.items() if value is True]
     sizes = [f"{k}{row[k]}" for k in "BTGNP"]
     return "-".join([*sizes, row["dtype"], row["packing"], *flags])
 
 
-def _jobs(only: str) -> list[tuple[str, Row]]:
-    """Every row of every operator asked for, operators in turn, the two dtypes in turn."""
-    words = only.split(",")
-    by_dtype = [[r for r in ROWS if r["dtype"] == d] for d in FACTORS["dtype"]]
+def rows_of(operator: str) -> list[Row]:
+    """The rows of an operator's list, the two dtypes in turn."""
+    rows = TRAINING_ROWS if operator in TRAINING else ROWS
+    by_dtype = [[r for r in rows if r["dtype"] == d] for d in FACTORS["dtype"]]
     rows = [r for pair in zip_longest(*by_dtype) for r in pair if r is not None]
-    return [(o, r) for r in [*rows, LONG] for o in OPERATORS if "" in words or o in words]
+    return rows if operator in TRAINING else [*rows, LONG]
+
+
+def _jobs(only: str) -> list[tuple[str, Row]]:
+    """Every row of every operator asked for, operators in turn."""
+    words = only.split(",")
+    lists = [[(o, r) for r in rows_of(o)] for o in OPERATORS if "" in words or o in words]
+    return [job for jobs in zip_longest(*lists) for job in jobs if job is not None]
 
 
 def _work(args: argparse.Namespace) -> None:

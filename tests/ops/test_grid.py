@@ -10,32 +10,39 @@ from torch import Tensor
 from ssm_hf.ops import causal_conv1d, rms_norm, ssd
 from tests.helpers import relative_error
 from tests.ops import grid
-from tests.ops.pairwise import FACTORS, covering_list, possible
+from tests.ops.pairwise import LISTS, covering_list, possible
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 SCANS = ("ssd", "selective_scan")
+MIXERS = ("mamba1_mix", "mamba2_mix")
 on_gpu = [pytest.mark.gpu, pytest.mark.slow, needs_gpu]
 
 
-def test_list_is_the_generated_one_and_covers_every_pair() -> None:
-    assert covering_list() == grid.ROWS
-    seen = {(a, str(row[a]), b, str(row[b])) for row in grid.ROWS for a in FACTORS for b in FACTORS}
-    for a in FACTORS:
-        for b in FACTORS:
-            for x in FACTORS[a]:
-                for y in FACTORS[b]:
+@pytest.mark.parametrize(
+    ("name", "rows"), list(zip(LISTS, (grid.ROWS, grid.TRAINING_ROWS), strict=True))
+)
+def test_list_is_the_generated_one_and_covers_every_pair(name: str, rows: list[grid.Row]) -> None:
+    factors = LISTS[name]
+    assert covering_list(factors) == rows
+    seen = {(a, str(row[a]), b, str(row[b])) for row in rows for a in factors for b in factors}
+    for a in factors:
+        for b in factors:
+            for x in factors[a]:
+                for y in factors[b]:
                     if a != b and possible({a: x, b: y}):
                         assert (a, str(x), b, str(y)) in seen
 
 
-@pytest.mark.parametrize("operator", SCANS)
 @pytest.mark.parametrize("packing", ["none", "seq_idx", "cu_seqlens"])
+@pytest.mark.parametrize("operator", [*SCANS, *MIXERS])
 def test_chunked_path_equals_the_sequential_definition(operator: str, packing: str) -> None:
     """What is expected of rows too long for the definition: the torch path in fp64."""
     row = {
         "T": 131, "N": 16, "B": 1, "G": 2, "P": 32, "packing": packing, "dtype": "float32",
-        "mask": True, "initial_state": True, "extras": True,
+        "mask": True, "initial_state": True, "extras": True, "norm": packing == "none", "out": True,
     }  # fmt: skip
+    if operator in MIXERS and packing == "cu_seqlens":
+        row |= {"packing": "seq_idx", "mask": False, "out": False}
     inputs = grid.draw(operator, row, torch.device("cpu"))
     op = grid.OPERATORS[operator]
     chunked = functools.partial(grid.call, op.run, impl="reference")
@@ -47,8 +54,14 @@ def test_chunked_path_equals_the_sequential_definition(operator: str, packing: s
         assert relative_error(value, expected[name]) < 1e-12, name
 
 
-@pytest.mark.parametrize("row", [*grid.ROWS, grid.LONG], ids=grid.name_of)
-@pytest.mark.parametrize("operator", grid.OPERATORS)
+@pytest.mark.parametrize(
+    ("operator", "row"),
+    [
+        pytest.param(o, r, id=f"{o}-{grid.name_of(r)}")
+        for o in grid.OPERATORS
+        for r in grid.rows_of(o)
+    ],
+)
 @pytest.mark.gpu
 @pytest.mark.slow
 @needs_gpu
