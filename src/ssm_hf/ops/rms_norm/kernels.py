@@ -16,54 +16,49 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _stream(
-    x_ptr,
-    residual_ptr,
-    gate_ptr,
-    total_ptr,
-    x_at,
-    residual_at,
-    gate_at,
-    total_at,
-    columns,
-    inside,
-    HAS_RESIDUAL: tl.constexpr,
-    GATE_FIRST: tl.constexpr,
-    STORE: tl.constexpr,
-):
-    """What is normalised: x, x + residual (rounded as it is stored), or x silu(gate)."""
-    h = tl.load(x_ptr + x_at + columns, mask=inside, other=0.0).to(tl.float32)
+def _load(
+    x_ptr, residual_ptr, gate_ptr, x_at, residual_at, gate_at, columns, inside,
+    HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """x, residual and gate as they are stored."""
+    x = tl.load(x_ptr + x_at + columns, mask=inside, other=0.0)
+    residual = 0.0
     if HAS_RESIDUAL:
-        h += tl.load(residual_ptr + residual_at + columns, mask=inside, other=0.0).to(tl.float32)
-        total = h.to(total_ptr.dtype.element_ty)
+        residual = tl.load(residual_ptr + residual_at + columns, mask=inside, other=0.0)
+    gate = 0.0
+    if GATED:
+        gate = tl.load(gate_ptr + gate_at + columns, mask=inside, other=0.0)
+    return x, residual, gate
+
+
+@triton.jit
+def _stream(
+    x, residual, gate, total_ptr, total_at, columns, inside,
+    HAS_RESIDUAL: tl.constexpr, GATE_FIRST: tl.constexpr, STORE: tl.constexpr,
+):  # fmt: skip
+    """What is normalised: x, x + residual (rounded as it is stored), or x silu(gate)."""
+    h = x.to(tl.float32)
+    if HAS_RESIDUAL:
+        total = (h + residual.to(tl.float32)).to(total_ptr.dtype.element_ty)
         if STORE:
             tl.store(total_ptr + total_at + columns, total, mask=inside)
         h = total.to(tl.float32)
     if GATE_FIRST:
-        z = tl.load(gate_ptr + gate_at + columns, mask=inside, other=0.0).to(tl.float32)
+        z = gate.to(tl.float32)
         h *= z * _sigmoid(z)
     return h
 
 
 @triton.jit
-def _finish(
-    h,
-    scale,
-    gate_ptr,
-    weight_ptr,
-    y_ptr,
-    gate_at,
-    y_at,
-    first,
-    columns,
-    inside,
-    size,
-    GATE_LAST: tl.constexpr,
-):
-    weight = tl.load(weight_ptr + first + columns, mask=columns < size, other=0.0).to(tl.float32)
-    y = h * scale * weight
+def _load_weight(weight_ptr, first, columns, size):
+    return tl.load(weight_ptr + first + columns, mask=columns < size, other=0.0)
+
+
+@triton.jit
+def _finish(h, scale, gate, weight, y_ptr, y_at, columns, inside, GATE_LAST: tl.constexpr):
+    y = h * scale * weight.to(tl.float32)
     if GATE_LAST:
-        z = tl.load(gate_ptr + gate_at + columns, mask=inside, other=0.0).to(tl.float32)
+        z = gate.to(tl.float32)
         y *= z * _sigmoid(z)
     tl.store(y_ptr + y_at + columns, y, mask=inside)
 
@@ -90,9 +85,14 @@ def rms_norm_fwd_kernel(
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
     WHOLE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """ROWS rows of one group a program; `scale` is (rows, groups)."""
+    """ROWS rows of one group a program; `scale` is (rows, groups).
+
+    With EARLY the weight is asked for together with the rows, so that nothing waits for it later.
+    """
     group = tl.program_id(1)
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     first = group * size
@@ -101,39 +101,62 @@ def rms_norm_fwd_kernel(
     gate_at = row * (stride_gate * UNIT) + first
     y_at = row * (stride_y * UNIT) + first
     columns = tl.arange(0, BLOCK)[None, :]
+    GATED: tl.constexpr = GATE_FIRST or GATE_LAST
+    squares = tl.zeros((ROWS, BLOCK), tl.float32)
     if WHOLE:
-        inside = (row < rows) & (columns < size)
-        h = _stream(
-            x_ptr, residual_ptr, gate_ptr, total_ptr, x_at, residual_at, gate_at, y_at,
-            columns, inside, HAS_RESIDUAL, GATE_FIRST, True,
-        )  # fmt: skip
-        scale = tl.rsqrt(tl.sum(h * h, axis=1, keep_dims=True) / size + eps)
-        _finish(
-            h, scale, gate_ptr, weight_ptr, y_ptr, gate_at, y_at, first, columns, inside, size,
-            GATE_LAST,
-        )  # fmt: skip
+        loaded = ()
+        weights = ()
+        for i in tl.static_range(PARTS):
+            at = i * BLOCK + columns
+            inside = (row < rows) & (at < size)
+            one = _load(
+                x_ptr, residual_ptr, gate_ptr, x_at, residual_at, gate_at, at, inside,
+                HAS_RESIDUAL, GATED,
+            )  # fmt: skip
+            loaded = loaded + (one,)
+            if EARLY:
+                weights = weights + (_load_weight(weight_ptr, first, at, size),)
+        hs = ()
+        for i in tl.static_range(PARTS):
+            at = i * BLOCK + columns
+            inside = (row < rows) & (at < size)
+            h = _stream(
+                loaded[i][0], loaded[i][1], loaded[i][2], total_ptr, y_at, at, inside,
+                HAS_RESIDUAL, GATE_FIRST, True,
+            )  # fmt: skip
+            squares += h * h
+            hs = hs + (h,)
+        scale = tl.rsqrt(tl.sum(squares, axis=1, keep_dims=True) / size + eps)
+        for i in tl.static_range(PARTS):
+            at = i * BLOCK + columns
+            inside = (row < rows) & (at < size)
+            weight = weights[i] if EARLY else _load_weight(weight_ptr, first, at, size)
+            _finish(hs[i], scale, loaded[i][2], weight, y_ptr, y_at, at, inside, GATE_LAST)
     else:
-        squares = tl.zeros((ROWS, BLOCK), tl.float32)
         for start in range(0, size, BLOCK):
             at = start + columns
             inside = (row < rows) & (at < size)
-            h = _stream(
-                x_ptr, residual_ptr, gate_ptr, total_ptr, x_at, residual_at, gate_at, y_at,
-                at, inside, HAS_RESIDUAL, GATE_FIRST, True,
+            x, residual, gate = _load(
+                x_ptr, residual_ptr, gate_ptr, x_at, residual_at, gate_at, at, inside,
+                HAS_RESIDUAL, GATE_FIRST,
             )  # fmt: skip
+            h = _stream(
+                x, residual, gate, total_ptr, y_at, at, inside, HAS_RESIDUAL, GATE_FIRST, True
+            )
             squares += h * h
         scale = tl.rsqrt(tl.sum(squares, axis=1, keep_dims=True) / size + eps)
         for start in range(0, size, BLOCK):
             at = start + columns
             inside = (row < rows) & (at < size)
+            x, residual, gate = _load(
+                x_ptr, residual_ptr, gate_ptr, x_at, residual_at, gate_at, at, inside,
+                HAS_RESIDUAL, GATED,
+            )  # fmt: skip
             h = _stream(
-                x_ptr, residual_ptr, gate_ptr, total_ptr, x_at, residual_at, gate_at, y_at,
-                at, inside, HAS_RESIDUAL, GATE_FIRST, False,
-            )  # fmt: skip
-            _finish(
-                h, scale, gate_ptr, weight_ptr, y_ptr, gate_at, y_at, first, at, inside, size,
-                GATE_LAST,
-            )  # fmt: skip
+                x, residual, gate, total_ptr, y_at, at, inside, HAS_RESIDUAL, GATE_FIRST, False
+            )
+            weight = _load_weight(weight_ptr, first, at, size)
+            _finish(h, scale, gate, weight, y_ptr, y_at, at, inside, GATE_LAST)
     tl.store(scale_ptr + row * tl.num_programs(1) + group, scale, mask=row < rows)
 
 
@@ -152,11 +175,9 @@ def _load_bwd(
 
 @triton.jit
 def _form_bwd(
-    dy, x, z, weight_ptr, first, columns, size, scale,
-    GATE_FIRST: tl.constexpr, GATE_LAST: tl.constexpr,
+    dy, x, z, scale, GATE_FIRST: tl.constexpr, GATE_LAST: tl.constexpr,
 ):  # fmt: skip
-    """In fp32: the norm n, dy times what the weight is multiplied by, weight, silu, its slope."""
-    weight = tl.load(weight_ptr + first + columns, mask=columns < size, other=0.0).to(tl.float32)
+    """In fp32: the norm n, dy times what the weight is multiplied by, silu, its slope."""
     n = x.to(tl.float32) * scale
     dn = dy.to(tl.float32)
     silu = 1.0
@@ -170,20 +191,18 @@ def _form_bwd(
             n *= silu
         else:
             dn *= silu
-    return n, dn, weight, silu, slope
+    return n, dn, silu, slope
 
 
 @triton.jit
 def _store_bwd(
-    dy, x, z, along, scale, weight_ptr, first, size,
-    dtotal_ptr, dx_ptr, dresidual_ptr, dgate_ptr, y_ptr, dtotal_at, dx_at, dgate_at, columns,
-    inside, HAS_DTOTAL: tl.constexpr, TWO_GRADS: tl.constexpr,
+    dy, x, z, along, scale, weight, dtotal_ptr, dx_ptr, dresidual_ptr, dgate_ptr, y_ptr,
+    dtotal_at, dx_at, dgate_at, columns, inside, HAS_DTOTAL: tl.constexpr, TWO_GRADS: tl.constexpr,
     GATE_FIRST: tl.constexpr, GATE_LAST: tl.constexpr,
 ):  # fmt: skip
     """Write what belongs to a tile; return the rows' shares of the weight's gradient."""
-    n, dn, weight, silu, slope = _form_bwd(
-        dy, x, z, weight_ptr, first, columns, size, scale, GATE_FIRST, GATE_LAST
-    )
+    weight = weight.to(tl.float32)
+    n, dn, silu, slope = _form_bwd(dy, x, z, scale, GATE_FIRST, GATE_LAST)
     dh = scale * (dn * weight - n * along)
     if HAS_DTOTAL:
         dh += tl.load(dtotal_ptr + dtotal_at + columns, mask=inside, other=0.0).to(tl.float32)
@@ -236,11 +255,13 @@ def rms_norm_bwd_kernel(
     PARTS: tl.constexpr,
     WHOLE: tl.constexpr,
     STAGES: tl.constexpr,
+    KEEP: tl.constexpr,
 ):
     """Every num_programs(0)-th tile of one group a program; STAGES tiles are under way at a time.
 
     `h` is x, or what forward made of x + residual. Outputs are contiguous, but for dgate; with
     `y_ptr` the output of forward is formed again. `dweight` (programs, D) is to be summed.
+    With KEEP the weight stays in registers.
     """
     program, group = tl.program_id(0), tl.program_id(1)
     first = group * size
@@ -248,8 +269,11 @@ def rms_norm_bwd_kernel(
     partial_ptr = dweight_ptr + program.to(tl.int64) * (tl.num_programs(1) * size) + first
     GATED: tl.constexpr = GATE_FIRST or GATE_LAST
     sums = ()
-    for _i in tl.static_range(PARTS):
+    kept = ()
+    for i in tl.static_range(PARTS):
         sums = sums + (tl.zeros((ROWS, BLOCK), tl.float32),)
+        if KEEP and WHOLE:
+            kept = kept + (_load_weight(weight_ptr, first, i * BLOCK + columns, size),)
     for tile in tl.range(program, tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         dy_at = row * (stride_dy * UNIT) + first
@@ -274,18 +298,18 @@ def rms_norm_bwd_kernel(
                 xs = xs + (x,)
                 zs = zs + (z,)
             for i in tl.static_range(PARTS):
-                n, dn, weight, _silu, _slope = _form_bwd(
-                    dys[i], xs[i], zs[i], weight_ptr, first, i * BLOCK + columns, size, scale,
-                    GATE_FIRST, GATE_LAST,
-                )  # fmt: skip
-                products += dn * weight * n
+                at = i * BLOCK + columns
+                weight = kept[i] if KEEP else _load_weight(weight_ptr, first, at, size)
+                n, dn, _silu, _slope = _form_bwd(dys[i], xs[i], zs[i], scale, GATE_FIRST, GATE_LAST)
+                products += dn * weight.to(tl.float32) * n
             along = tl.sum(products, axis=1, keep_dims=True) / size
             new = ()
             for i in tl.static_range(PARTS):
                 at = i * BLOCK + columns
                 inside = (row < rows) & (at < size)
+                weight = kept[i] if KEEP else _load_weight(weight_ptr, first, at, size)
                 dweight = _store_bwd(
-                    dys[i], xs[i], zs[i], along, scale, weight_ptr, first, size,
+                    dys[i], xs[i], zs[i], along, scale, weight,
                     dtotal_ptr, dx_ptr, dresidual_ptr, dgate_ptr, y_ptr, dtotal_at, dx_at, dgate_at,
                     at, inside, HAS_DTOTAL, TWO_GRADS, GATE_FIRST, GATE_LAST,
                 )  # fmt: skip
@@ -298,9 +322,8 @@ def rms_norm_bwd_kernel(
                 dy, x, z = _load_bwd(
                     dy_ptr, h_ptr, gate_ptr, dy_at, h_at, gate_at, at, inside, GATED
                 )
-                n, dn, weight, _silu, _slope = _form_bwd(
-                    dy, x, z, weight_ptr, first, at, size, scale, GATE_FIRST, GATE_LAST
-                )
+                weight = _load_weight(weight_ptr, first, at, size).to(tl.float32)
+                n, dn, _silu, _slope = _form_bwd(dy, x, z, scale, GATE_FIRST, GATE_LAST)
                 products += dn * weight * n
             along = tl.sum(products, axis=1, keep_dims=True) / size
             for start in range(0, size, BLOCK):
@@ -309,8 +332,9 @@ def rms_norm_bwd_kernel(
                 dy, x, z = _load_bwd(
                     dy_ptr, h_ptr, gate_ptr, dy_at, h_at, gate_at, at, inside, GATED
                 )
+                weight = _load_weight(weight_ptr, first, at, size)
                 dweight = _store_bwd(
-                    dy, x, z, along, scale, weight_ptr, first, size,
+                    dy, x, z, along, scale, weight,
                     dtotal_ptr, dx_ptr, dresidual_ptr, dgate_ptr, y_ptr, dtotal_at, dx_at, dgate_at,
                     at, inside, HAS_DTOTAL, TWO_GRADS, GATE_FIRST, GATE_LAST,
                 )  # fmt: skip

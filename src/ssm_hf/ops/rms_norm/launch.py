@@ -80,6 +80,10 @@ def _forward(
         GATE_LAST=gate is not None and norm_before_gate,
         UNIT=unit,
     )
+    if options.pop("SPLIT"):
+        options["BLOCK"], options["PARTS"] = _parts(options["BLOCK"], group_size)
+    else:
+        options["PARTS"] = 1
     with on_device(x):
         rms_norm_fwd_kernel[(-(-rows // options["ROWS"]), groups)](
             x,
