@@ -25,7 +25,8 @@ FLOORS = {
     "layers": {"ops", "cache", "sequence", "layers"},
     "generation": {"ops", "cache", "layers", "generation"},
     "models": {"ops", "cache", "sequence", "layers", "generation", "models"},
-    "convert": {"models"},
+    "formats": {"models"},
+    "convert": {"formats", "models"},
     "__init__": {"ops", "cache", "sequence", "models", "tokenizer"},
 }
 SHARED_BY_MODELS = {"backbone", "checkpoint", "configuration", "generating"}

@@ -205,8 +205,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("Mamba2", {"d_intermediate": 64}, "d_intermediate=64.*cannot express"),
     ("Mamba2", {"attn_layer_idx": [1]}, r"attn_layer_idx=\[1\].*cannot express"),
     ("Mamba1", {"rms_norm": False}, "rms_norm=False.*cannot express"),
-    ("Mamba1", {"ssm_cfg": {"layer": "Mamba3"}}, "layer='Mamba3', supported.*Mamba1.*Mamba2"),
-    ("Mamba1", {"ssm_cfg": {"layer": "S4"}}, "layer='S4'"),
+    ("Mamba1", {"ssm_cfg": {"layer": "S4"}}, "layer='S4', supported.*Mamba1.*Mamba3"),
     ("Mamba1", {"ssm_cfg": {"ngroups": 2}}, "unknown option ngroups=2 of Mamba1"),
     (
         "Mamba2",
@@ -483,7 +482,7 @@ def test_interrupted_conversion_leaves_what_was_there(
 
 
 def test_command_line_ends_with_the_reason(tmp_path: Path) -> None:
-    config = config_of("Mamba1", ssm_cfg={"layer": "Mamba3"})
+    config = config_of("Mamba1", ssm_cfg={"layer": "S4"})
     source = write(tmp_path / "src", config, state_dict_of("Mamba1"))
-    with pytest.raises(SystemExit, match=r"ssm_hf\.convert: .*layer='Mamba3'"):
+    with pytest.raises(SystemExit, match=r"ssm_hf\.convert: .*layer='S4'"):
         main([str(source), str(tmp_path / "dst")])
