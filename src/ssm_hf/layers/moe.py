@@ -78,7 +78,7 @@ class TopKRouter(nn.Module):
             init.zeros_(self.e_score_correction_bias)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Routing:
-        """x (..., D), mask (...) True at real tokens -> logits (..., E), weights, experts (..., k)."""
+        """x (..., D), mask (...) True at real tokens -> logits (..., E), experts, weights."""
         if self.wide:
             with torch.autocast(x.device.type, enabled=False):
                 dtype = compute_dtype(x, self.weight)
@@ -309,7 +309,7 @@ class MoE(Sublayer):
         if self.shared_gate is not None:
             reset_linear(self.shared_gate, scheme, std)
 
-    def flops_per_token(self) -> int:
+    def flops_per_token(self, sequence_length: int) -> int:
         """Router, k experts, and what is shared."""
         of_expert = self.experts.in_proj[0].numel() + self.experts.down_proj[0].numel()
         weights = self.router.weight.numel() + self.router.top_k * of_expert
@@ -349,7 +349,7 @@ def take_routings(layers: Iterable[nn.Module]) -> list[Routing]:
 def _reset(
     weight: nn.Parameter, scheme: Initialization, std: float, num_residual_layers: int | None
 ) -> None:
-    """Weight (..., out, in): uniform in ±1/sqrt(in), or normal, divided by the root of the depth."""
+    """Weight (..., out, in): uniform in ±1/sqrt(in) or normal, over the root of the depth."""
     scale = 1.0 if num_residual_layers is None else 1 / math.sqrt(num_residual_layers)
     if scheme == "transformers":
         init.normal_(weight, mean=0.0, std=std * scale)

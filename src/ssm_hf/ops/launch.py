@@ -67,7 +67,9 @@ def overlapping(wanted: bool, device: torch.device) -> dict[str, bool]:
     return {"OVERLAP": False}
 
 
-_PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.dtype, type(None), bool, int, float, list})
+_PLAIN = frozenset(
+    {Tensor, torch.nn.Parameter, torch.dtype, type(None), bool, int, float, str, list}
+)
 
 
 def call(op: CustomOpDef, *args: Any) -> Any:

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ssm_hf.ops.dispatch import ImplementationUnavailableError, pick
+from ssm_hf.ops.dispatch import HAS_TRITON, ImplementationUnavailableError, pick
 from ssm_hf.ops.launch import unsupported_dtypes
 from ssm_hf.ops.moe.grouped import experts_grouped, why_not_grouped
 from ssm_hf.ops.moe.losses import (
@@ -19,7 +19,11 @@ from ssm_hf.ops.moe.losses import (
 from ssm_hf.ops.moe.reference import experts_definition, experts_torch, route_torch
 from ssm_hf.ops.packing import in_given_precision
 
-experts_triton = route_triton = why_unsupported = None
+if HAS_TRITON:
+    from ssm_hf.ops.moe.launch import experts_triton, why_unsupported
+    from ssm_hf.ops.moe.route_launch import route_triton
+else:
+    experts_triton = route_triton = why_unsupported = None
 
 __all__ = [
     "RouterStatistics",
