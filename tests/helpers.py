@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from transformers.models.auto import configuration_auto, modeling_auto
 
 from ssm_hf import Mamba2Config, Mamba3Config, MambaConfig
+from ssm_hf.cache import KVLayer, RecurrentLayer
 
 _TINY = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 16}
 
@@ -58,6 +59,19 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
     wide = torch.complex128 if expected.is_complex() else torch.float64
     value, expected = value.detach().to(wide), expected.detach().to(wide)
     return float((value - expected).norm()) / (float(expected.norm()) or 1.0)
+
+
+def content(layer: RecurrentLayer) -> dict[str, Tensor]:
+    """What a cache layer holds, the same for equal content: keys and values in order, by row."""
+    if not isinstance(layer, KVLayer) or not layer.state:
+        return layer.state
+    held = {name: t for name, t in layer.state.items() if name not in ("keys", "values")}
+    for row, length in enumerate(layer.state["length"].tolist()):
+        first = 0 if layer.window is None else max(length - layer.window, 0)
+        slots = torch.arange(first, length) % layer.slots
+        for name in ("keys", "values"):
+            held[f"{name} of row {row}"] = layer.state[name][row, slots]
+    return held
 
 
 def kernel_device() -> torch.device:

@@ -4,7 +4,7 @@
 `cu_seqlens` and the spellings that trainers use for them.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,12 +31,15 @@ class SequenceInfo(NamedTuple):
         position_ids: (B, T) positions as given by the caller, for layers that rotate by them.
         real_first: of the mask, what layers would otherwise find out each by itself; see
             `ssm_hf.ops.causal_conv1d.real_first`.
+        derived: what layers have found out from the fields above, for the layers after them; None
+            = nothing is shared.
     """
 
     mask: Tensor | None = None
     seq_idx: Tensor | None = None
     position_ids: Tensor | None = None
     real_first: tuple[Tensor, Tensor] | None = None
+    derived: dict[Any, Any] | None = None
 
     @classmethod
     def from_inputs(
@@ -111,7 +114,7 @@ class SequenceInfo(NamedTuple):
                 number = torch.searchsorted(offsets[1:].contiguous(), token, right=True)[None]
                 documents["cu_seqlens"] = document_numbers(number, mask)
         order = None if mask is None else real_first(mask)
-        return cls(mask, _agreed(documents), position_ids, order)
+        return cls(mask, _agreed(documents), position_ids, order, {})
 
 
 def check_ids(ids: Tensor, name: str, size: int, ignored: int | None = None) -> None:

@@ -1,18 +1,20 @@
 """Laws that hold for every mixer, whatever it computes."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from ssm_hf.cache import RecurrentCache
+from ssm_hf.layers.attention import AttentionMixer, FusedAttention, SelfAttention
 from ssm_hf.layers.mamba1 import Mamba1Mixer
 from ssm_hf.layers.mamba2 import Mamba2Mixer
 from ssm_hf.layers.mamba3 import Mamba3Mixer
 from ssm_hf.layers.mixer import Mixer
 from ssm_hf.sequence import SequenceInfo
-from tests.helpers import randomize_, relative_error, tiny
+from tests.helpers import content, randomize_, relative_error
 
 D = 12
 _DT = {"time_step_min": 0.001, "time_step_max": 0.1, "time_step_floor": 1e-4}
@@ -47,6 +49,23 @@ def _mamba3_mimo(**changes: object) -> Mixer:
     return _mamba3(**{"mimo_rank": 2, "rope_layout": "half", "num_angles": 3, **changes})
 
 
+_ATTENTION = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "window": None, "rotary_dim": 0,
+              "rope_theta": 100.0, "scaling": None, "dropout": 0.0, "config": None, "layer_idx": 0,
+              "hidden_size": D, "use_bias": False, "use_out_bias": False}  # fmt: skip
+
+
+def _attention(**changes: object) -> Mixer:
+    return SelfAttention(**{**_ATTENTION, **changes})
+
+
+def _fused_attention(**changes: object) -> Mixer:
+    return FusedAttention(**{"conv_kernel": 0, "use_conv_bias": True, **_ATTENTION, **changes})
+
+
+def _by(implementation: str) -> SimpleNamespace:
+    return SimpleNamespace(_attn_implementation=implementation)
+
+
 MIXERS: dict[str, Callable[[], Mixer]] = {
     "mamba1": _mamba1,
     "mamba1-biases": lambda: _mamba1(use_bias=True, use_conv_bias=False, conv_kernel=2),
@@ -63,6 +82,13 @@ MIXERS: dict[str, Callable[[], Mixer]] = {
     ),
     "mamba3-mimo": _mamba3_mimo,
     "mamba3-mimo-norm": lambda: _mamba3_mimo(output_norm=True, n_groups=1, num_angles=1),
+    "attention": _attention,
+    "attention-rope": lambda: _attention(rotary_dim=6, use_bias=True, use_out_bias=True),
+    "attention-eager": lambda: _attention(rotary_dim=2, num_kv_heads=1, config=_by("eager")),
+    "attention-window": lambda: _attention(window=3, num_kv_heads=4, rotary_dim=4),
+    "attention-window-1": lambda: _fused_attention(window=1, scaling=0.3),
+    "attention-conv": lambda: _fused_attention(conv_kernel=4, rotary_dim=4),
+    "attention-conv-window": lambda: _fused_attention(conv_kernel=2, window=5, use_bias=True),
 }
 # fp64 rounding; the laws are exact in real arithmetic.
 TOLERANCE = 1e-10
@@ -74,8 +100,9 @@ def mixer(request: pytest.FixtureRequest) -> Mixer:
     return randomize_(request.param()).double().eval()
 
 
-def _cache() -> RecurrentCache:
-    return RecurrentCache(tiny("mamba", num_hidden_layers=1))
+def _cache(mixer: Mixer, **options: int) -> RecurrentCache:
+    kind = "full_attention" if isinstance(mixer, AttentionMixer) else "linear_attention"
+    return RecurrentCache(SimpleNamespace(layer_types=[kind]), **options)
 
 
 def _x(batch: int, length: int) -> Tensor:
@@ -87,14 +114,15 @@ def _state(cache: RecurrentCache) -> dict[str, Tensor]:
 
 
 def _assert_same_state(cache: RecurrentCache, expected: RecurrentCache) -> None:
-    assert _state(cache).keys() == _state(expected).keys()
-    for name, value in _state(cache).items():
-        assert relative_error(value, _state(expected)[name]) < TOLERANCE, name
+    got, right = content(cache.layers[0]), content(expected.layers[0])
+    assert got.keys() == right.keys()
+    for name, value in got.items():
+        assert relative_error(value, right[name]) < TOLERANCE, name
 
 
 @pytest.mark.parametrize("with_grad", [False, True], ids=["in-place", "differentiable"])
 def test_mixer_sequence_equals_steps(mixer: Mixer, with_grad: bool) -> None:
-    x, cache, stepped = _x(2, 11), _cache(), _cache()
+    x, cache, stepped = _x(2, 11), _cache(mixer), _cache(mixer)
     with torch.set_grad_enabled(with_grad):
         whole = mixer(x, ALL, cache)
         steps = torch.cat([mixer(x[:, t : t + 1], ALL, stepped) for t in range(11)], dim=1)
@@ -104,7 +132,7 @@ def test_mixer_sequence_equals_steps(mixer: Mixer, with_grad: bool) -> None:
 
 @pytest.mark.parametrize("cuts", [(1,), (2, 3), (6,), (4, 10)])
 def test_mixer_one_pass_equals_pieces(mixer: Mixer, cuts: tuple[int, ...]) -> None:
-    x, cache, pieced = _x(2, 11), _cache(), _cache()
+    x, cache, pieced = _x(2, 11), _cache(mixer), _cache(mixer)
     whole = mixer(x, ALL, cache)
     pieces = [mixer(part, ALL, pieced) for part in torch.tensor_split(x, cuts, dim=1)]
     assert relative_error(torch.cat(pieces, dim=1), whole) < TOLERANCE
@@ -125,7 +153,7 @@ def test_mixer_padding_changes_nothing(mixer: Mixer, where: str) -> None:
     pads = {"left": [0, 1, 2, 3], "right": [9, 10, 11, 12], "middle": [2, 3, 7, 11]}[where]
     mask = torch.ones(1, 13, dtype=torch.bool)
     mask[0, pads] = False
-    padded, clean = _cache(), _cache()
+    padded, clean = _cache(mixer), _cache(mixer)
     y = mixer(x, SequenceInfo(mask=mask), padded)[mask]
     expected = mixer(x[mask][None], ALL, clean)[0]
     assert relative_error(y, expected) < TOLERANCE
@@ -140,18 +168,18 @@ def test_mixer_padded_turns_in_a_batch_equal_single_conversations(mixer: Mixer) 
         torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]]).bool(),
         torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]).bool(),
     )
-    together = _cache()
+    together = _cache(mixer)
     mixer(first, SequenceInfo(mask=masks[0]), together)
     y = mixer(second, SequenceInfo(mask=masks[1]), together)
     for row in range(2):
-        alone = _cache()
+        alone = _cache(mixer)
         mixer(first[row][masks[0][row]][None], ALL, alone)
         expected = mixer(second[row][masks[1][row]][None], ALL, alone)
         assert relative_error(y[row][masks[1][row]], expected[0]) < TOLERANCE
 
 
 def test_mixer_single_pad_step_holds_the_state(mixer: Mixer) -> None:
-    x, cache, clean = _x(2, 5), _cache(), _cache()
+    x, cache, clean = _x(2, 5), _cache(mixer), _cache(mixer)
     mixer(x, ALL, cache)
     mixer(x, ALL, clean)
     mixer(_x(2, 1), SequenceInfo(mask=torch.zeros(2, 1, dtype=torch.bool)), cache)
@@ -161,10 +189,15 @@ def test_mixer_single_pad_step_holds_the_state(mixer: Mixer) -> None:
 def test_mixer_leaks_nothing_from_the_future(mixer: Mixer) -> None:
     x = _x(1, 10).requires_grad_()
     y = mixer(x, ALL)
+    reach = getattr(mixer, "window", None) or 10
+    if getattr(mixer, "conv1d", None) is not None:
+        reach += mixer.conv1d.kernel_size[0] - 1
     for t in (0, 4, 8):
         (grad,) = torch.autograd.grad(y[:, t].sum(), x, retain_graph=True)
         assert grad[:, t + 1 :].abs().max() == 0
-        assert grad[:, : t + 1].abs().min() > 0
+        first = t + 1 - reach
+        assert grad[:, max(first, 0) : t + 1].abs().min() > 0
+        assert not grad[:, : max(first, 0)].any()
 
 
 def test_mixer_gradcheck(mixer: Mixer) -> None:
@@ -184,7 +217,7 @@ def test_mixer_gradcheck(mixer: Mixer) -> None:
 
 
 def test_mixer_gradient_flows_through_the_state(mixer: Mixer) -> None:
-    x, cache = _x(1, 8).requires_grad_(), _cache()
+    x, cache = _x(1, 8).requires_grad_(), _cache(mixer)
     whole = mixer(x, ALL)[:, 4:].sum()
     (expected,) = torch.autograd.grad(whole, x)
     mixer(x[:, :4], ALL, cache)
@@ -194,19 +227,26 @@ def test_mixer_gradient_flows_through_the_state(mixer: Mixer) -> None:
 
 def test_mixer_states_have_declared_shapes_and_stay_wide(mixer: Mixer) -> None:
     for batch in (1, 3):
-        cache = _cache()
+        cache = _cache(mixer)
         mixer(_x(batch, 5), ALL, cache)
-        shapes = {name: tuple(t.shape) for name, t in _state(cache).items()}
-        assert shapes == mixer.state_shapes(batch)
-    half, cache = mixer.bfloat16(), _cache()
+        for name, declared in mixer.state_shapes(batch).items():
+            held = _state(cache)[name].shape
+            assert held == tuple(n if m == -1 else m for n, m in zip(held, declared, strict=True))
+        assert _state(cache).keys() == mixer.state_shapes(batch).keys()
+    half, cache = mixer.bfloat16(), _cache(mixer)
     half(_x(2, 5).bfloat16(), ALL, cache)
-    inputs = {"conv_state", "k_state", "v_state"}
+    narrow = {"conv_state", "k_state", "v_state", "keys", "values"}
+    dtypes = {
+        **dict.fromkeys(narrow, torch.bfloat16),
+        "length": torch.int64,
+        "position": torch.int64,
+    }
     for name, stored in _state(cache).items():
-        assert stored.dtype == (torch.bfloat16 if name in inputs else torch.float32), name
+        assert stored.dtype == dtypes.get(name, torch.float32), name
 
 
 def test_mixer_state_size_does_not_grow(mixer: Mixer) -> None:
-    cache, sizes, addresses = _cache(), set(), set()
+    cache, sizes, addresses = _cache(mixer), set(), set()
     for length in (1, 40, 1, 7):
         with torch.no_grad():
             mixer(_x(2, length), ALL, cache)
@@ -223,8 +263,8 @@ def test_mixer_cropped_cache_equals_one_that_never_saw_the_tokens(
     mixer: Mixer, take_back: int, window: int
 ) -> None:
     prompt, call, step = _x(1, 30), _x(1, 4), _x(1, 1)
-    cache = RecurrentCache(tiny("mamba", num_hidden_layers=1), record_window=window)
-    clean = _cache()
+    cache = _cache(mixer, record_window=window)
+    clean = _cache(mixer)
     cache.activate_past_recording()
     for part in (prompt, call):
         mixer(part, ALL, cache)
@@ -244,7 +284,7 @@ def test_mixer_crop_reaches_into_a_padded_prompt_and_over_many_steps(mixer: Mixe
     x = _x(1, 12)
     mask = torch.ones(1, 12, dtype=torch.bool)
     mask[0, :3] = False
-    cache, clean = _cache(), _cache()
+    cache, clean = _cache(mixer), _cache(mixer)
     cache.activate_past_recording()
     mixer(x, SequenceInfo(mask=mask), cache)
     for _ in range(5):
@@ -256,7 +296,7 @@ def test_mixer_crop_reaches_into_a_padded_prompt_and_over_many_steps(mixer: Mixe
 
 
 def test_mixer_crop_forgets_what_was_recorded_before_a_gap(mixer: Mixer) -> None:
-    parts, cache, clean = [_x(1, n) for n in (9, 1, 3)], _cache(), _cache()
+    parts, cache, clean = [_x(1, n) for n in (9, 1, 3)], _cache(mixer), _cache(mixer)
     cache.activate_past_recording()
     for part, records in zip(parts, (True, False, True), strict=True):
         if records:
@@ -274,7 +314,7 @@ def test_mixer_crop_forgets_what_was_recorded_before_a_gap(mixer: Mixer) -> None
 
 
 def test_mixer_step_without_gradient_leaves_the_graph_of_its_state_alone(mixer: Mixer) -> None:
-    x, cache = _x(1, 5).requires_grad_(), _cache()
+    x, cache = _x(1, 5).requires_grad_(), _cache(mixer)
     loss = mixer(x, ALL, cache).sum()
     (expected,) = torch.autograd.grad(loss, x, retain_graph=True)
     carried = sum(t.sum() for t in _state(cache).values())
@@ -291,7 +331,7 @@ def test_mixer_parameters_that_must_not_decay_exist(mixer: Mixer) -> None:
 
 
 def test_mixer_without_model_has_usable_initial_values() -> None:
-    for make in (_mamba1, _mamba2, _mamba3, _mamba3_mimo):
+    for make in (_mamba1, _mamba2, _mamba3, _mamba3_mimo, _attention, _fused_attention):
         mixer = make()
         for name, p in mixer.named_parameters():
             assert torch.isfinite(p).all(), name

@@ -7,7 +7,6 @@ while shapes stay the same; only the keys and values of full attention grow with
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 

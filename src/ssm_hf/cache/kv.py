@@ -28,6 +28,7 @@ class KVLayer(RecurrentLayer):
 
     def __init__(self, record_window: int = 256, state_dtype: torch.dtype | None = None) -> None:
         super().__init__(record_window, state_dtype)
+        self.window: int | None = None  # tokens that a query sees, as its mixer says; None = all
         self.grows = True
         self._columns = 0  # tokens seen, pads included: no row is longer
         self._reserved = 0
@@ -35,7 +36,7 @@ class KVLayer(RecurrentLayer):
     def like(self) -> "KVLayer":
         """An empty layer of the same kind, whose tensors will never be replaced by larger ones."""
         layer = KVLayer(self.record_window, self.state_dtype)
-        layer.grows = False
+        layer.window, layer.grows = self.window, False
         return layer
 
     @property
@@ -48,10 +49,9 @@ class KVLayer(RecurrentLayer):
         shapes: Mapping[str, tuple[int, ...]],
         dtypes: Mapping[str, torch.dtype],
         device: torch.device,
-        window: int | None = None,
     ) -> None:
-        """Hold the state that stands before a first token: no token, and room for those reserved."""
-        slots = self._room(self._reserved, window)
+        """Hold the state before a first token: no token, and room for those reserved."""
+        slots = self._room(self._reserved, self.window)
         shapes = {k: tuple(slots if n == -1 else n for n in v) for k, v in shapes.items()}
         super().begin(shapes, dtypes, device)
 
@@ -59,18 +59,13 @@ class KVLayer(RecurrentLayer):
         """Be ready for a sequence of so many tokens."""
         self._reserved = max(self._reserved, tokens)
 
-    def make_room(self, tokens: int, window: int | None) -> None:
-        """Grow, where that is needed, for so many tokens more, of a non-empty layer.
-
-        Args:
-            tokens: of the next call.
-            window: tokens that a query sees, itself included; None = all.
-        """
+    def make_room(self, tokens: int) -> None:
+        """Grow a layer that has begun, where that is needed, for so many tokens more."""
         recorded = self.record_window if self._columns == 0 else max(self.record_window, tokens)
         self._columns += tokens
         if not self.grows:
             return
-        limit = window
+        limit = self.window
         if limit is not None and self.record_past:
             limit += 2 * recorded  # `record` never keeps more
         needed = self._room(max(self._columns, self._reserved), limit)

@@ -115,7 +115,7 @@ class Mamba1Mixer(Mixer):
             "ssm_state": (batch, self.inner_size, self.state_size),
         }
 
-    def flops_per_token(self) -> int:
+    def flops_per_token(self, sequence_length: int) -> int:
         """Projections, convolution, and 9 operations for each of the I x N states."""
         inner, rank, states = self.inner_size, self.time_step_rank, self.state_size
         linear = 3 * self.hidden_size * inner + inner * (rank + 2 * states) + rank * inner

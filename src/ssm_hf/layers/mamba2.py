@@ -141,7 +141,7 @@ class Mamba2Mixer(Mixer):
             "ssm_state": (batch, self.num_heads, self.head_dim, self.state_size),
         }
 
-    def flops_per_token(self) -> int:
+    def flops_per_token(self, sequence_length: int) -> int:
         """Projections, convolution, and the scan in its chunked form.
 
         The scan's matrix products: C B^T per group and scores times x per head inside a chunk of Q

@@ -154,7 +154,7 @@ class Mamba3Mixer(Mixer):
             del shapes["angle_state"]
         return shapes
 
-    def flops_per_token(self) -> int:
+    def flops_per_token(self, sequence_length: int) -> int:
         """Projections, rotation, and the scan in its chunked form.
 
         The scan's matrix products are between the R Q rows of a chunk of Q tokens, for each head,
@@ -166,7 +166,7 @@ class Mamba3Mixer(Mixer):
         heads, head_dim, states, rank = (
             *(self.num_heads, self.head_dim, self.state_size, self.mimo_rank),
         )
-        rows = rank * self.chunk_size
+        rows = rank * min(self.chunk_size, max(1, _ROWS // rank))
         products = heads * rank * (rows * (states + head_dim) + 2 * head_dim * states)
         rotation = heads * rank * 4 * self.num_angles
         streams = 3 * heads * rank * head_dim if rank > 1 else 0
@@ -253,6 +253,8 @@ def decay_rates(a: Tensor, activation: str, floor: float) -> Tensor:
     return -f.clamp(min=floor)
 
 
+# Rows of a chunk, R a token, that its cost is counted for.
+_ROWS = 64
 # Names of the operator's four states in a cache.
 _STATES = ("angle_state", "ssm_state", "k_state", "v_state")
 

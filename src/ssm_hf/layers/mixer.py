@@ -59,8 +59,12 @@ class Sublayer(nn.Module):
         """
         return None
 
-    def flops_per_token(self) -> int:
-        """Floating-point operations of one token's forward pass (a multiply-add counts 2)."""
+    def flops_per_token(self, sequence_length: int) -> int:
+        """Floating-point operations of one token's forward pass (a multiply-add counts 2).
+
+        Args:
+            sequence_length: of which the mean is taken, where the cost grows along the sequence.
+        """
         raise NotImplementedError
 
     def reset_parameters(
@@ -90,8 +94,21 @@ class Mixer(Sublayer):
         self.layer_idx = layer_idx
 
     def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors that this mixer keeps in a cache."""
+        """Shapes of the tensors that this mixer keeps in a cache; -1 = grows with the sequence."""
         raise NotImplementedError
+
+    def begin(
+        self, layer: RecurrentLayer, batch: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Put the state before a first token into the cache layer, for activations of `dtype`."""
+        shapes = self.state_shapes(batch)
+        layer.begin(shapes, self._kept_dtypes(layer, dtype), device)
+
+    def _kept_dtypes(self, layer: RecurrentLayer, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        wide = torch.promote_types(dtype, torch.float32)
+        return {
+            name: kept_dtype(name, dtype, wide, layer.state_dtype) for name in self.state_shapes(1)
+        }
 
     def _layer(
         self, past_key_values: RecurrentCache | None, x: Tensor
@@ -101,9 +118,7 @@ class Mixer(Sublayer):
             return None, {}
         layer = past_key_values.layers[self.layer_idx]
         shapes = self.state_shapes(x.shape[0])
-        wide = compute_dtype(x)
-        dtypes = {name: kept_dtype(name, x.dtype, wide, layer.state_dtype) for name in shapes}
-        return layer, layer.read(shapes, dtypes)
+        return layer, layer.read(shapes, self._kept_dtypes(layer, x.dtype))
 
 
 def is_plain_step(x: Tensor, seq: SequenceInfo, layer: RecurrentLayer | None) -> bool:
@@ -173,29 +188,32 @@ def recorded_mask(seq: SequenceInfo, x: Tensor) -> Tensor:
 
 
 class CausalConv1d(nn.Conv1d):
-    """Depthwise causal convolution with silu over (B, T, C).
+    """Depthwise causal convolution over (B, T, C), by default with silu.
 
     A subclass of `nn.Conv1d` for its parameter names, shapes and initial values. The operator runs
     in its forward, so that hooks (offloading, sharding) see the weights being used.
     """
 
-    def __init__(self, channels: int, taps: int, *, bias: bool) -> None:
+    def __init__(
+        self, channels: int, taps: int, *, bias: bool, activation: Literal["silu"] | None = "silu"
+    ) -> None:
         super().__init__(channels, channels, taps, groups=channels, bias=bias)
+        self.activation: Literal["silu"] | None = activation
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Tensor, seq: SequenceInfo, state: Tensor | None, return_state: bool = True
     ) -> tuple[Tensor, Any]:
-        """x (B, T, C), the K-1 inputs before it -> silu(conv(x)), the last K-1 inputs or None."""
+        """x (B, T, C), the K-1 inputs before it -> act(conv(x)), the last K-1 inputs or None."""
         if x.shape[1] == 1 and state is not None and seq.mask is None:
             step = pick("causal_conv1d", "auto", x.device, reference=causal_conv1d_step)
-            y, state = step(x[:, 0], self.weight[:, 0], self.bias, "silu", state)
+            y, state = step(x[:, 0], self.weight[:, 0], self.bias, self.activation, state)
             return y[:, None], state
         return with_state(
             causal_conv1d(
                 x,
                 self.weight[:, 0],
                 self.bias,
-                activation="silu",
+                activation=self.activation,
                 initial_state=state,
                 seq_idx=seq.seq_idx,
                 mask=seq.mask,

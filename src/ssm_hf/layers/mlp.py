@@ -33,7 +33,7 @@ class GatedMLP(Sublayer):
         reset_linear(self.fc1, scheme, std)
         reset_out_proj(self.fc2, num_residual_layers)
 
-    def flops_per_token(self) -> int:
+    def flops_per_token(self, sequence_length: int) -> int:
         """The two projections."""
         return 2 * sum(fc.in_features * fc.out_features for fc in (self.fc1, self.fc2))
 

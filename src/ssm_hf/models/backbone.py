@@ -192,8 +192,9 @@ class SSMPreTrainedModel(PreTrainedModel):
         Args:
             sequence_length: tokens per row, for layers whose cost grows with it.
         """
-        del sequence_length
-        sublayers = sum(m.flops_per_token() for m in self.modules() if isinstance(m, Sublayer))
+        sublayers = sum(
+            m.flops_per_token(sequence_length) for m in self.modules() if isinstance(m, Sublayer)
+        )
         head = self.get_output_embeddings()
         return sublayers + (0 if head is None else 2 * head.weight.numel())  # pyright: ignore[reportCallIssue, reportOperatorIssue, reportAttributeAccessIssue]
 

@@ -1,0 +1,531 @@
+"""Softmax attention among recurrent layers: grouped heads, windows, rotary positions.
+
+The product of queries, keys and values is left to transformers' attention functions.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ssm_hf.cache import KVLayer, RecurrentCache, RecurrentLayer, State
+from ssm_hf.layers.attention_mask import (
+    Places,
+    block_mask,
+    by_document,
+    cached_numbers,
+    dense_mask,
+    places,
+)
+from ssm_hf.layers.linear import Linear
+from ssm_hf.layers.mixer import (
+    CausalConv1d,
+    Initialization,
+    Mixer,
+    recorded_mask,
+    replayed_window,
+    reset_conv,
+    reset_linear,
+    reset_out_proj,
+)
+from ssm_hf.ops.packing import compute_dtype
+from ssm_hf.sequence import SequenceInfo
+
+# Queries that share one piece of a mask along a window.
+_PIECE = 1024
+
+
+class AttentionMixer(Mixer):
+    """softmax(q kᵀ scale) v over the real tokens of a document, up to the query, within a window.
+
+    Subclasses make queries, keys and values, and project the result back.
+
+    Args:
+        num_heads: H.
+        num_kv_heads: G, divides H; head h reads keys and values h // (H / G).
+        head_dim: d.
+        window: tokens that a query sees, itself included; None = all before it.
+        rotary_dim: the first so many dimensions of queries and keys are rotated by their position,
+            in two halves; 0 = none.
+        rope_theta: base of the rotation's wave lengths.
+        scaling: of the scores; None = d^-0.5.
+        dropout: of the attention weights, in training.
+        config: its `_attn_implementation` chooses among `eager`, `sdpa`, `flex_attention` and the
+            flash attentions at every call; None = `sdpa`. One-token steps take `sdpa` in place of
+            the last two.
+        layer_idx: place in the cache.
+
+    Raises:
+        ValueError: sizes that do not fit one another.
+    """
+
+    no_decay: ClassVar[tuple[str, ...]] = ()
+    is_causal = True  # read by transformers' functions
+
+    def __init__(
+        self,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        window: int | None,
+        rotary_dim: int,
+        rope_theta: float,
+        scaling: float | None,
+        dropout: float,
+        config: PreTrainedConfig | None,
+        layer_idx: int,
+    ) -> None:
+        super().__init__(layer_idx)
+        check_attention(num_heads, num_kv_heads, head_dim, window, rotary_dim)
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.num_key_value_groups = num_heads // num_kv_heads
+        self.head_dim = head_dim
+        self.window = window
+        self.rotary_dim = rotary_dim
+        self.rope_theta = rope_theta
+        self.scaling = head_dim**-0.5 if scaling is None else scaling
+        self.dropout = dropout
+        self.config = config
+
+    def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
+        """Keys and values, the number of tokens, and the position of the next one."""
+        shapes: dict[str, tuple[int, ...]] = {
+            "keys": (batch, -1, self.num_kv_heads, self.head_dim),
+            "values": (batch, -1, self.num_kv_heads, self.head_dim),
+            "length": (batch,),
+        }
+        if self.rotary_dim:
+            shapes["position"] = (batch,)
+        return shapes
+
+    def _layer(
+        self, past_key_values: RecurrentCache | None, x: Tensor
+    ) -> tuple[RecurrentLayer | None, State]:
+        if past_key_values is not None:
+            layer = past_key_values.layers[self.layer_idx]
+            if not isinstance(layer, KVLayer):
+                raise ValueError(
+                    f"past_key_values belongs to another model: its layer {self.layer_idx} has no "
+                    "keys and values"
+                )
+            layer.window = self.window
+        return super()._layer(past_key_values, x)
+
+    def _project(self, x: Tensor) -> Tensor:
+        """x (B, T, D) -> queries, keys and values (B, T, (H + 2 G) d), side by side."""
+        raise NotImplementedError
+
+    def _convolve(
+        self, qkv: Tensor, seq: SequenceInfo, state: Tensor | None, return_state: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """What happens to the projections before they are used, and its state."""
+        return qkv, None
+
+    def _output(self, y: Tensor) -> Tensor:
+        """y (B, T, H d) -> (B, T, D)."""
+        raise NotImplementedError
+
+    def forward(
+        self, x: Tensor, seq: SequenceInfo, past_key_values: RecurrentCache | None = None
+    ) -> Tensor:
+        """Mix x (B, T, D); with a cache, continue from its keys and values and add to them."""
+        batch, length, _ = x.shape
+        raw = self._project(x)
+        layer, state = self._layer(past_key_values, raw)
+        qkv, conv_state = self._convolve(raw, seq, state.get("conv_state"), layer is not None)
+        sizes = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
+        q, k, v = qkv.unflatten(-1, (sum(sizes), self.head_dim)).split(sizes, dim=2)
+        own = _shared(seq, ("places", self.window, x.device), lambda: self._places(x, seq, None))
+        position = None
+        if self.rotary_dim:
+            position = _positions(seq, own, state.get("position"))
+            q, k = self._rotate(q, k, position)
+        if layer is None:
+            return self._output(self._attend(q, k, v, seq, own, None).flatten(2))
+        assert isinstance(layer, KVLayer)
+        new: State = {} if conv_state is None else {"conv_state": conv_state}
+        if position is not None:
+            new["position"] = _next_position(seq, position, state.get("position"))
+        if layer.record_past:
+            inputs = {"mask": recorded_mask(seq, x)}
+            constants: dict[str, Tensor] = {}
+            if position is not None:
+                inputs["position"] = new["position"].expand(batch, length)
+            if isinstance(self, FusedAttention) and self.conv1d is not None:
+                inputs["conv_in"] = raw
+                constants = self.conv1d.replay_constants(raw)
+            layer.record(_replay, inputs, constants)
+        if position is not None:
+            new["position"] = new["position"][:, -1].expand(batch)
+
+        fresh = not state
+        if length == 1 and seq.mask is None and seq.seq_idx is None and not fresh:
+            self._store(layer, k, v, seq, own)
+            y = self._attend_cache(q, layer)
+        elif fresh:
+            y = self._attend(q, k, v, seq, own, None)
+            self.begin(layer, batch, raw.dtype, raw.device)
+            self._store(layer, k, v, seq, own)
+        else:
+            y = self._attend(q, k, v, seq, self._places(x, seq, state["length"]), state)
+            self._store(layer, k, v, seq, own)
+        layer.write(new)
+        return self._output(y.flatten(2))
+
+    def _places(self, x: Tensor, seq: SequenceInfo, seen: Tensor | None) -> Places:
+        return places(seq, x.shape[1], self.window, x.device, seen)
+
+    def _rotate(self, q: Tensor, k: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """q (B, T, H, d), k (B, T, G, d) turned by position (B, T) (Su et al. 2021)."""
+        dtype, half = compute_dtype(q), self.rotary_dim // 2
+        step = torch.arange(half, device=q.device, dtype=dtype) / half
+        angle = position.to(dtype)[..., None] * torch.exp(step * -math.log(self.rope_theta))
+        cos, sin = angle.cos()[:, :, None], angle.sin()[:, :, None]
+
+        def turned(x: Tensor) -> Tensor:
+            a, b, rest = x.split([half, half, self.head_dim - 2 * half], dim=-1)
+            a, b = a.to(dtype), b.to(dtype)
+            turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+            return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
+
+        return turned(q), turned(k)
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, seq: SequenceInfo, own: Places, state: State | None
+    ) -> Tensor:
+        """q (B, T, H, d) over the new keys and values (B, T, G, d), and the cached ones if any."""
+        batch, length = q.shape[:2]
+        name = self._implementation()
+        plain = seq.mask is None and seq.seq_idx is None and state is None
+        banded = self.window is not None and length > self.window
+        if plain and name not in ("eager", "flex_attention") and not banded:
+            return self._call(name, q, k, v, None)
+        if name.startswith("flash") and plain:
+            return self._call(name, q, k, v, None, sliding_window=self.window)
+        numbers = own.number
+        if state is not None:
+            k = torch.cat([state["keys"], k], dim=1)
+            v = torch.cat([state["values"], v], dim=1)
+            cached = cached_numbers(state["length"], state["keys"].shape[1])
+            numbers = torch.cat([cached, numbers.expand(batch, -1)], dim=1)
+        if name.startswith("flash"):
+            return self._call_by_document(name, q, k, v, own, numbers)
+        if plain and banded and length > _PIECE:
+            assert self.window is not None
+            pieces = []
+            for start in range(0, length, _PIECE):
+                end = min(start + _PIECE, length)
+                first = max(start - self.window + 1, 0)
+                part = Places(own.number[:, start:end], own.low[:, start:end], own.rank, None)
+                mask = self._mask(name, part, numbers[:, first:end], q)
+                pieces.append(
+                    self._call(name, q[:, start:end], k[:, first:end], v[:, first:end], mask)
+                )
+            return torch.cat(pieces, dim=1)
+        make = lambda: self._mask(name, own, numbers, q)  # noqa: E731
+        shared = state is None
+        key = ("mask", name == "flex_attention", self.window, q.device)
+        return self._call(name, q, k, v, _shared(seq, key, make) if shared else make())
+
+    def _attend_cache(self, q: Tensor, layer: KVLayer) -> Tensor:
+        """q (B, 1, H, d) over what is cached, the query's own token included."""
+        keys, seen = layer.state["keys"], layer.state["length"]
+        slot = torch.arange(keys.shape[1], device=keys.device)
+        if self.window is None or keys.shape[1] <= self.window:
+            mask = slot < seen[:, None]
+        else:
+            number = cached_numbers(seen, keys.shape[1])
+            mask = (number < seen[:, None]) & (number >= seen[:, None] - self.window)
+        name = "eager" if self._implementation() == "eager" else "sdpa"
+        return self._call(name, q, keys, layer.state["values"], mask[:, None, None])
+
+    def _mask(self, name: str, own: Places, keys: Tensor, q: Tensor) -> Any:
+        if name == "flex_attention":
+            return block_mask(own, keys, q.shape[0])
+        return dense_mask(own, keys)
+
+    def _implementation(self) -> str:
+        return getattr(self.config, "_attn_implementation", None) or "sdpa"
+
+    def _call(
+        self, name: str, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any
+    ) -> Tensor:
+        """q (B, T, H, d), k and v (B, S, G, d) -> (B, T, H, d)."""
+        function: Callable[..., tuple[Tensor, Any]] = (
+            _eager if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+        )
+        y, _ = function(
+            self,
+            *(t.transpose(1, 2) for t in (q, k.to(q.dtype), v.to(q.dtype))),
+            mask,
+            dropout=self.dropout if self.training else 0.0,
+            scaling=self.scaling,
+            is_causal=mask is None,
+            **options,
+        )
+        return y
+
+    def _call_by_document(
+        self, name: str, q: Tensor, k: Tensor, v: Tensor, own: Places, numbers: Tensor
+    ) -> Tensor:
+        layout = by_document(own, numbers, q.shape[0])
+        y = self._call(
+            name,
+            q.flatten(0, 1)[layout.queries][None],
+            k.flatten(0, 1)[layout.keys][None],
+            v.flatten(0, 1)[layout.keys][None],
+            None,
+            sliding_window=self.window,
+            cu_seq_lens_q=layout.query_offsets,
+            cu_seq_lens_k=layout.key_offsets,
+            max_length_q=layout.most_queries,
+            max_length_k=layout.most_keys,
+        )
+        whole = y.new_zeros(q.shape[0] * q.shape[1], *y.shape[2:])
+        return whole.index_put((layout.queries,), y[0]).view(q.shape)
+
+    def _store(self, layer: KVLayer, k: Tensor, v: Tensor, seq: SequenceInfo, own: Places) -> None:
+        """Keys and values (B, T, G, d) of the real tokens of each row's last document."""
+        batch, length = k.shape[:2]
+        layer.make_room(length)
+        slots, seen = layer.slots, layer.state["length"]
+        used = min(length, slots)
+        if seq.mask is None and seq.seq_idx is None:
+            number = seen[:, None] + torch.arange(length - used, length, device=k.device)
+            layer.put(number % slots, k[:, length - used :], v[:, length - used :])
+            layer.write({"length": seen + length})
+            return
+        keep = torch.ones(batch, length, dtype=torch.bool, device=k.device)
+        if seq.mask is not None:
+            keep &= seq.mask
+        if own.doc is not None:
+            last = own.doc[:, -1:]
+            keep &= own.doc == last
+            seen = torch.where(last[:, 0] == 0, seen, 0)
+        count = keep.sum(dim=1)
+        # The last `used` kept tokens of each row; where there are fewer, slots keep what they hold.
+        order = (~keep).to(torch.int8).sort(dim=1, stable=True).indices
+        at = (count - used).clamp(min=0)[:, None] + torch.arange(used, device=k.device)
+        source = order.gather(1, at.clamp(max=length - 1))
+        target = (seen[:, None] + at) % slots
+        rows = torch.arange(batch, device=k.device)[:, None]
+        valid = (at < count[:, None])[..., None, None]
+        layer.put(
+            target,
+            torch.where(valid, k[rows, source], layer.state["keys"][rows, target]),
+            torch.where(valid, v[rows, source], layer.state["values"][rows, target]),
+        )
+        layer.write({"length": seen + count})
+
+    def _scores_flops(self, sequence_length: int) -> int:
+        """Both products with the mean number of keys that a token sees."""
+        n = sequence_length
+        w = n if self.window is None else min(self.window, n)
+        seen = w * n - w * (w - 1) // 2
+        return 4 * self.num_heads * self.head_dim * seen // n
+
+
+class SelfAttention(AttentionMixer):
+    """Attention with projections of their own for queries, keys and values.
+
+    Args:
+        hidden_size: D.
+        use_bias: biases of q_proj, k_proj and v_proj.
+        use_out_bias: bias of o_proj.
+        options: as of `AttentionMixer`.
+    """
+
+    def __init__(
+        self, *, hidden_size: int, use_bias: bool, use_out_bias: bool, **options: Any
+    ) -> None:
+        super().__init__(**options)
+        inner, grouped = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.q_proj = Linear(hidden_size, inner, bias=use_bias)
+        self.k_proj = Linear(hidden_size, grouped, bias=use_bias)
+        self.v_proj = Linear(hidden_size, grouped, bias=use_bias)
+        self.o_proj = Linear(inner, hidden_size, bias=use_out_bias)
+        self.reset_parameters("mamba_ssm", std=0.0, num_residual_layers=None)
+
+    def reset_parameters(
+        self, scheme: Initialization, std: float, num_residual_layers: int | None
+    ) -> None:
+        """Draw all initial values."""
+        for linear in (self.q_proj, self.k_proj, self.v_proj):
+            reset_linear(linear, scheme, std)
+        reset_out_proj(self.o_proj, num_residual_layers)
+
+    def flops_per_token(self, sequence_length: int) -> int:
+        """Projections, and the products with the keys and values that a token sees."""
+        linear = sum(m.weight.numel() for m in (self.q_proj, self.k_proj, self.v_proj, self.o_proj))
+        return 2 * linear + self._scores_flops(sequence_length)
+
+    def _project(self, x: Tensor) -> Tensor:
+        return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
+
+    def _output(self, y: Tensor) -> Tensor:
+        return self.o_proj(y)
+
+
+class FusedAttention(AttentionMixer):
+    """Attention with one projection [q | k | v], which a causal convolution may follow.
+
+    The convolution is linear; its state are the raw projections before it.
+
+    Args:
+        hidden_size: D.
+        conv_kernel: K; 0 = no convolution.
+        use_conv_bias: bias of the convolution.
+        use_bias: bias of in_proj.
+        use_out_bias: bias of out_proj.
+        options: as of `AttentionMixer`.
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        conv_kernel: int,
+        use_conv_bias: bool,
+        use_bias: bool,
+        use_out_bias: bool,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        inner = self.num_heads * self.head_dim
+        width = inner + 2 * self.num_kv_heads * self.head_dim
+        self.in_proj = Linear(hidden_size, width, bias=use_bias)
+        self.conv1d = None
+        if conv_kernel:
+            self.conv1d = CausalConv1d(width, conv_kernel, bias=use_conv_bias, activation=None)
+        self.out_proj = Linear(inner, hidden_size, bias=use_out_bias)
+        self.reset_parameters("mamba_ssm", std=0.0, num_residual_layers=None)
+
+    def reset_parameters(
+        self, scheme: Initialization, std: float, num_residual_layers: int | None
+    ) -> None:
+        """Draw all initial values."""
+        reset_linear(self.in_proj, scheme, std)
+        if self.conv1d is not None:
+            reset_conv(self.conv1d, scheme)
+        reset_out_proj(self.out_proj, num_residual_layers)
+
+    def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
+        """Keys and values, numbers of tokens, and the last K-1 inputs of the convolution."""
+        shapes = super().state_shapes(batch)
+        if self.conv1d is not None:
+            taps = self.conv1d.kernel_size[0]
+            shapes["conv_state"] = (batch, taps - 1, self.in_proj.out_features)
+        return shapes
+
+    def flops_per_token(self, sequence_length: int) -> int:
+        """Projections, convolution, and the products with the keys and values that a token sees."""
+        weights = [self.in_proj.weight, self.out_proj.weight]
+        if self.conv1d is not None:
+            weights.append(self.conv1d.weight)
+        return 2 * sum(w.numel() for w in weights) + self._scores_flops(sequence_length)
+
+    def _project(self, x: Tensor) -> Tensor:
+        return self.in_proj(x)
+
+    def _convolve(
+        self, qkv: Tensor, seq: SequenceInfo, state: Tensor | None, return_state: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        if self.conv1d is None:
+            return qkv, None
+        return self.conv1d(qkv, seq, state, return_state)
+
+    def _output(self, y: Tensor) -> Tensor:
+        return self.out_proj(y)
+
+
+def check_attention(
+    num_heads: int, num_kv_heads: int, head_dim: int, window: int | None, rotary_dim: int
+) -> None:
+    """Raise `ValueError` where the sizes of an attention layer do not fit one another."""
+    for name, value in (
+        ("num_heads", num_heads),
+        ("num_kv_heads", num_kv_heads),
+        ("head_dim", head_dim),
+    ):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"num_kv_heads must divide num_heads, got num_kv_heads={num_kv_heads}, "
+            f"num_heads={num_heads}"
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1 token, or None for all, got {window}")
+    if rotary_dim % 2 or not 0 <= rotary_dim <= head_dim:
+        raise ValueError(
+            f"rotary_dim must be even and lie between 0 and head_dim={head_dim}, got {rotary_dim}"
+        )
+
+
+def _shared(seq: SequenceInfo, key: Any, make: Callable[[], Any]) -> Any:
+    """What `make` derives from `seq`, by the first layer that asks for it."""
+    if seq.derived is None:
+        return make()
+    if key not in seq.derived:
+        seq.derived[key] = make()
+    return seq.derived[key]
+
+
+def _positions(seq: SequenceInfo, own: Places, before: Tensor | None) -> Tensor:
+    """Positions (B, T), or (1, T), by which tokens are rotated: as given, or counted."""
+    if seq.position_ids is not None:
+        return seq.position_ids
+    if before is None:
+        return own.rank
+    if own.doc is None:
+        return own.rank + before[:, None]
+    return own.rank + torch.where(own.doc == 0, before[:, None], 0)
+
+
+def _next_position(seq: SequenceInfo, position: Tensor, before: Tensor | None) -> Tensor:
+    """Positions (B, T) of what would follow each token; pads move nothing on."""
+    if seq.mask is None:
+        return position + 1
+    index = torch.arange(seq.mask.shape[1], device=seq.mask.device)
+    last = torch.where(seq.mask, index, -1).cummax(dim=1).values
+    following = position.expand(last.shape).gather(1, last.clamp(min=0)) + 1
+    return torch.where(last >= 0, following, 0 if before is None else before[:, None])
+
+
+def _eager(
+    module: AttentionMixer,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    dropout: float,
+    scaling: float,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """The definition: query (B, H, T, d), key and value (B, G, S, d) -> (B, T, H, d), weights."""
+    groups = module.num_key_value_groups
+    key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, -math.inf)
+    weights = scores.to(compute_dtype(scores)).softmax(dim=-1).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout)
+    return (weights @ value).transpose(1, 2), weights
+
+
+def _replay(state: State, inputs: dict[str, Tensor], constants: dict[str, Tensor]) -> State:
+    """Counts after the recorded tokens; keys and values stay in their slots."""
+    length = inputs["mask"].sum(dim=1)
+    after: State = {"length": state["length"] + length if state else length}
+    if "position" in inputs:
+        after["position"] = inputs["position"][:, -1]
+    if "conv_in" in inputs:
+        after["conv_state"] = replayed_window(state, inputs, constants)
+    return after
