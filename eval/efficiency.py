@@ -26,15 +26,19 @@ from eval.limits import (
 from eval.model import LoadedModel, cache_bytes
 from eval.options import EfficiencyOptions
 from eval.parallel import processes
+from eval.samples import SampleStore
 
 
-def run_efficiency(loaded: LoadedModel, options: EfficiencyOptions, seed: int) -> dict[str, Any]:
+def run_efficiency(
+    loaded: LoadedModel, options: EfficiencyOptions, seed: int, store: SampleStore
+) -> dict[str, Any]:
     """Measure a model.
 
     Args:
         loaded: the model.
         options: see `EfficiencyOptions`.
         seed: of the random tokens of the prompts.
+        store: of the lengths that are done; its settings name the device.
 
     Returns:
         JSON values: the options and `lengths`, one {"length", "prefill", "first_token", "decode"}
@@ -43,11 +47,18 @@ def run_efficiency(loaded: LoadedModel, options: EfficiencyOptions, seed: int) -
         {"tokens_per_s"} per batch size. All have `range` (lowest and highest of the timed runs) and
         `n`; a value that could not be measured is null and has a `reason`.
     """
-    lengths = []
+    measurements = []
     failed: dict[str, str] = {}  # what was not possible at a shorter length
-    quiet = not processes().is_main_process
-    for length in tqdm(sorted(options.lengths), desc="efficiency", unit="length", disable=quiet):
-        lengths.append(_Length(loaded, options, seed, length, failed).measure())
+    lengths = sorted(options.lengths)
+    for length in tqdm(lengths, desc="efficiency", unit="length", disable=_quiet()):
+        measured = store.done.get(str(length))
+        if measured is None:
+            measured = _Length(loaded, options, seed, length, failed).measure()
+            if not _quiet():
+                store.add(str(length), measured)
+        else:
+            failed |= _reasons(measured)
+        measurements.append(measured)
     return {
         "repeats": options.repeats,
         "warmup": options.warmup,
@@ -55,8 +66,19 @@ def run_efficiency(loaded: LoadedModel, options: EfficiencyOptions, seed: int) -
         "chunk": options.chunk,
         "batch_sizes": options.batch_sizes,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "lengths": lengths,
+        "lengths": measurements,
     }
+
+
+def _quiet() -> bool:
+    return not processes().is_main_process
+
+
+def _reasons(measured: dict[str, Any]) -> dict[str, str]:
+    """Return what was not possible at a length, under the names of `_Length.measure`."""
+    values = {"prefill": measured["prefill"], "first_token": measured["first_token"]}
+    values |= {f"decode {batch}": value for batch, value in measured["decode"].items()}
+    return {name: value["reason"] for name, value in values.items() if "reason" in value}
 
 
 class _Length:

@@ -85,10 +85,11 @@ class _Documents:
         names: list[str] = []
         texts: list[list[int]] = []
         for file in options.files:
-            for document in read_documents(file):
-                names.append(f"{file}: {document.name}")
-                # The prefix stands at the start of a window and not of a document.
-                texts.append(loaded.encode(document.text)[len(loaded.prefix) :])
+            documents = read_documents(file)
+            names += [f"{file}: {document.name}" for document in documents]
+            # The prefix stands at the start of a window and not of a document.
+            rows = loaded.encode_batch([document.text for document in documents])
+            texts += [ids[len(loaded.prefix) :] for ids in rows]
         sizes = [*options.windows, *([options.block] if options.block else [])]
         longest = max(map(len, texts))
         self.reachable = max((size for size in sizes if size <= longest), default=0)

@@ -3,7 +3,7 @@
 import hashlib
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,13 +52,18 @@ class LoadedModel(NamedTuple):
 
     def encode(self, text: str) -> list[int]:
         """Return the prefix and the tokens of `text`, in which special tokens are plain text."""
-        ids = self.tokenizer(
-            text,
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` every text, on all processors at once."""
+        rows = self.tokenizer(
+            list(texts),
             add_special_tokens=False,
             split_special_tokens=True,
+            return_attention_mask=False,
             verbose=False,  # no warning about documents longer than the model's usual context
         )["input_ids"]
-        return [*self.prefix, *ids]
+        return [[*self.prefix, *ids] for ids in rows]
 
 
 def load_tokenizer(name: str, prefix: str) -> tuple[PreTrainedTokenizerFast, tuple[int, ...]]:
@@ -202,7 +207,7 @@ def describe_training(name: str) -> dict[str, Any] | None:
         last = {row["event"]: row for row in events}
         end = last.get("end") or last.get("train") or {}
         return {
-            "config": str(config),
+            "config": str(_from_here(config)),
             "seq_len": settings["data"]["seq_len"],
             "tokens": end.get("tokens", 0),
             "steps": end.get("step", 0),
@@ -210,6 +215,11 @@ def describe_training(name: str) -> dict[str, Any] | None:
             "heldout_loss": last.get("eval", {}).get("heldout_nats_per_token"),
         }
     return None
+
+
+def _from_here(path: Path) -> Path:
+    """A path as a reader of the report knows it, who has not this machine's folders."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:

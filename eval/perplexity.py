@@ -190,7 +190,8 @@ def file_perplexity(
     description = f"perplexity {Path(path).name}"
 
     def work(todo: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-        ids = {id: loaded.encode(documents[int(id)].text) for id in todo}
+        rows = loaded.encode_batch([documents[int(id)].text for id in todo])
+        ids = dict(zip(todo, rows, strict=True))
         # Longest first, in groups of similar lengths; a stopped run loses one group.
         todo = sorted(todo, key=lambda id: -len(ids[id]))
         total = sum(max(len(sequence) - 1, 0) for sequence in ids.values())

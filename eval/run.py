@@ -40,14 +40,14 @@ def check_inputs(model: str, suite: Suite) -> None:
             section.check(options, suite, tokenizer)
 
 
-def evaluate(model: str, suite: Suite, *, suite_file: str, command: str, output: Path) -> Results:
+def evaluate(model: str, suite: Suite, *, suite_file: str, command: str, samples: Path) -> Results:
     """Load a model, run every section of the suite, and return the results as JSON values.
 
     Args:
         model: directory or Hub name.
         suite: what to run.
         suite_file, command: where it was read and how it was started, for the record.
-        output: finished samples are kept in its folder `samples` and taken from there.
+        samples: folder where finished samples are kept and taken from.
     """
     begin = time.perf_counter()
     check_inputs(model, suite)
@@ -68,7 +68,7 @@ def evaluate(model: str, suite: Suite, *, suite_file: str, command: str, output:
         "seconds": {"load": time.perf_counter() - begin},
     }
     results: Results = {"format": FORMAT, "header": header, "checks": []}
-    job = Job(suite, results, output / "samples")
+    job = Job(suite, results, samples)
     for name, section in SECTIONS.items():
         options = getattr(suite, name)
         if options is not None:
@@ -103,6 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", required=True, help="model directory or Hugging Face Hub name")
     parser.add_argument("--suite", required=True, help="YAML file, see configs/eval")
     parser.add_argument("--output", help="default: runs/eval/<model folders>-<suite>")
+    parser.add_argument("--samples", help="folder of finished samples, default: OUTPUT/samples")
     options, rest = parser.parse_known_args(arguments)
     try:
         overrides = parse_overrides(rest)
@@ -115,7 +116,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     command = shlex.join(["python", "-m", "eval.run", *given])
     results = evaluate(
-        options.model, suite, suite_file=options.suite, command=command, output=output
+        options.model,
+        suite,
+        suite_file=options.suite,
+        command=command,
+        samples=Path(options.samples or output / "samples"),
     )
     if processes().is_main_process:
         print(summary([Run(THIS, results)], write_report(results, output)))

@@ -174,7 +174,22 @@ def run_consistency_section(
 def run_efficiency_section(
     loaded: LoadedModel, options: EfficiencyOptions, job: Job
 ) -> dict[str, Any]:
-    return run_efficiency(loaded, options, job.suite.seed)
+    header = job.results["header"]
+    settings = {
+        **asdict(options),
+        "lengths": None,  # each is a sample
+        "max_seconds": None,  # changes what is possible, and no value
+        "seed": job.suite.seed,
+        # A time of another machine, or of another version, is another time.
+        "device": header["device"],
+        "processes": header["processes"],
+        "versions": header["versions"],
+        "commit": header["commit"],
+    }
+    store = SampleStore(
+        job.samples, model=loaded.identity, section="efficiency", task="speed", settings=settings
+    )
+    return run_efficiency(loaded, options, job.suite.seed, store)
 
 
 def run_zero_shot(loaded: LoadedModel, options: LmEvalOptions, job: Job) -> dict[str, Any]:

@@ -164,7 +164,7 @@ def _generate(
 ) -> list[str]:
     """Return the greedy continuations of prompts, padded on the left."""
     tokenizer = loaded.tokenizer
-    rows = [_encode(loaded, sample, files.frame.chat) for sample in batch]
+    rows = _encode(loaded, batch, files.frame.chat)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     width = max(len(row) for row in rows)
     ids = torch.full((len(rows), width), pad, dtype=torch.long)
@@ -186,17 +186,18 @@ def _generate(
     return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
 
 
-def _encode(loaded: LoadedModel, sample: Sample, chat: bool) -> list[int]:
-    text = sample.input + sample.answer_prefix
+def _encode(loaded: LoadedModel, batch: list[Sample], chat: bool) -> list[list[int]]:
+    texts = [sample.input + sample.answer_prefix for sample in batch]
     if chat:
-        ids = loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        rows = loaded.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     else:
-        ids = loaded.encode(text)
-    if len(ids) != sample.tokens:
-        raise RuntimeError(
-            f"sample {sample.index} was counted as {sample.tokens} tokens and has {len(ids)}"
-        )
-    return ids
+        rows = loaded.encode_batch(texts)
+    for sample, ids in zip(batch, rows, strict=True):
+        if len(ids) != sample.tokens:
+            raise RuntimeError(
+                f"sample {sample.index} was counted as {sample.tokens} tokens and has {len(ids)}"
+            )
+    return rows
 
 
 def _quiet() -> bool:
