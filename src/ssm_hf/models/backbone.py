@@ -116,6 +116,11 @@ class SSMPreTrainedModel(PreTrainedModel):
     # Rounding these to bf16 changes every decay; mixers compute with them in fp32 anyway.
     _keep_in_fp32_modules_strict: ClassVar[Any] = ["A_log", "D", "dt_bias"]
 
+    def _initialize_weights(self, module: nn.Module, *_: Any, **__: Any) -> None:
+        """Called for every module. For classes outside transformers, one without parameters of its
+        own (an MLP) is passed over unless told that they are initialised by its functions."""
+        super()._initialize_weights(module)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         scheme, std = self.config.initialization, self.config.initializer_range
