@@ -12,10 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import DynamicCache
 
-from ssm_hf import Mamba2ForCausalLM, MambaForCausalLM, RecurrentCache
+from ssm_hf import Mamba2ForCausalLM, Mamba3ForCausalLM, MambaForCausalLM, RecurrentCache
 from tests.helpers import randomize_, tiny
 
-MODELS = {"mamba": MambaForCausalLM, "mamba2": Mamba2ForCausalLM}
+MODELS = {
+    "mamba": MambaForCausalLM,
+    "mamba2": Mamba2ForCausalLM,
+    "mamba3": Mamba3ForCausalLM,
+}
 each_type = pytest.mark.parametrize("model_type", MODELS)
 IDS = torch.arange(3, 29).view(2, 13)
 
@@ -136,11 +140,11 @@ def _bf16(model_type: str) -> Any:
 FOREIGN: dict[str, tuple[Any, str]] = {
     "batch": (
         lambda model_type: filled(build(model_type), rows=1),
-        r"belongs to another batch size: conv_state has shape \(1, .*expected \(2, ",
+        r"belongs to another batch size: \w+_state has shape \(1, .*expected \(2, ",
     ),
     "dtype": (
         lambda model_type: filled(_bf16(model_type)),
-        "past_key_values belongs to another dtype: conv_state is torch.bfloat16, "
+        r"past_key_values belongs to another dtype: (conv|k)_state is torch.bfloat16, "
         "expected torch.float32",
     ),
     "depth": (
@@ -148,12 +152,12 @@ FOREIGN: dict[str, tuple[Any, str]] = {
         "past_key_values belongs to another model: it has 2 layers, this model has 3",
     ),
     "state size": (
-        lambda model_type: filled(build(model_type, state_size=8)),
+        lambda model_type: filled(build(model_type, state_size=10)),
         "past_key_values belongs to another model: .*_state has shape",
     ),
     "family": (
-        lambda model_type: filled(build({"mamba": "mamba2", "mamba2": "mamba"}[model_type])),
-        "past_key_values belongs to another model: conv_state has shape",
+        lambda model_type: filled(build("mamba" if model_type == "mamba2" else "mamba2")),
+        "past_key_values (belongs to another model: conv_state has shape|holds .*another model)",
     ),
 }
 

@@ -7,10 +7,17 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from ssm_hf import Mamba2ForCausalLM, MambaForCausalLM, RecurrentCache
+from ssm_hf import Mamba2ForCausalLM, Mamba3ForCausalLM, MambaForCausalLM, RecurrentCache
 from tests.helpers import randomize_, tiny
 
-CLASSES = {"mamba": MambaForCausalLM, "mamba2": Mamba2ForCausalLM}
+CLASSES = {
+    "mamba": MambaForCausalLM,
+    "mamba2": Mamba2ForCausalLM,
+    "mamba3": Mamba3ForCausalLM,
+    "mamba3-mimo": Mamba3ForCausalLM,
+}
+# The laws of mixers cover the rest of what several streams change.
+each_and_mimo = pytest.mark.parametrize("model", list(CLASSES), indirect=True)
 
 
 def _model(model_type: str, seed: int = 0, **overrides: object) -> PreTrainedModel:
@@ -21,7 +28,7 @@ def _model(model_type: str, seed: int = 0, **overrides: object) -> PreTrainedMod
     return model
 
 
-@pytest.fixture(params=list(CLASSES))
+@pytest.fixture(params=[name for name in CLASSES if name != "mamba3-mimo"])
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     return _model(request.param)
 
@@ -49,6 +56,7 @@ def _by_hand(model: PreTrainedModel, prompt: Tensor, new: int) -> Tensor:
     return ids[0, prompt.shape[0] :]
 
 
+@each_and_mimo
 @torch.no_grad()
 def test_generate_greedy_equals_whole_forward_passes(model: PreTrainedModel) -> None:
     ids = _ids(2, 9)
@@ -149,6 +157,7 @@ def test_generate_continues_a_users_cache(model: PreTrainedModel, style: str) ->
     assert got[:, -6:].tolist() == expected[:, -6:].tolist()
 
 
+@each_and_mimo
 @torch.no_grad()
 def test_generate_batched_second_turn_with_padding_equals_single_conversations(
     model: PreTrainedModel,
@@ -250,8 +259,8 @@ def test_cache_keeps_states_in_the_dtype_asked_for(model: PreTrainedModel) -> No
     ids = _ids(2, 9)
     cache = RecurrentCache(model.config, state_dtype=torch.bfloat16)
     logits = [model(part, past_key_values=cache).logits[:, -1] for part in ids.split([5, 1, 3], 1)]
-    assert cache.layers[0].state["ssm_state"].dtype == torch.bfloat16
-    assert cache.layers[0].state["conv_state"].dtype == torch.float32
+    for name, stored in cache.layers[0].state.items():
+        assert stored.dtype == (torch.bfloat16 if name == "ssm_state" else torch.float32), name
     # The state of each layer is rounded to 8 bits three times.
     expected = model(ids).logits[:, -1]
     assert (logits[-1] - expected).abs().max() < 0.03 * expected.abs().max()
@@ -299,6 +308,7 @@ def test_assisted_decoding_equals_greedy(model: PreTrainedModel, drafter: str, p
     assert out.tolist() == expected.tolist()
 
 
+@each_and_mimo
 @torch.no_grad()
 def test_prompt_lookup_decoding_equals_greedy(model: PreTrainedModel) -> None:
     ids = _ids(1, 6).repeat(1, 4)

@@ -25,12 +25,16 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from ssm_hf import Mamba2ForCausalLM, MambaForCausalLM, RecurrentCache
+from ssm_hf import Mamba2ForCausalLM, Mamba3ForCausalLM, MambaForCausalLM, RecurrentCache
 from ssm_hf.generation import forget_graphs, graphs, prefill, select, session
 from ssm_hf.generation.graphs import graphs_of
 from tests.helpers import kernel_device, randomize_, tiny
 
-CLASSES = {"mamba": MambaForCausalLM, "mamba2": Mamba2ForCausalLM}
+CLASSES = {
+    "mamba": MambaForCausalLM,
+    "mamba2": Mamba2ForCausalLM,
+    "mamba3": Mamba3ForCausalLM,
+}
 DEVICE = kernel_device()
 gpu = [
     pytest.mark.gpu,
@@ -55,6 +59,8 @@ class Unknown(LogitsProcessor):
 
 
 def _model(model_type: str, **overrides: object) -> PreTrainedModel:
+    if model_type == "mamba3":  # a layer of it has twice the operations to look at
+        overrides = {"num_hidden_layers": 1, **overrides}
     model = randomize_(CLASSES[model_type](tiny(model_type, **overrides))).eval().to(DEVICE)
     model.generation_config = GenerationConfig(pad_token_id=0, eos_token_id=None, bos_token_id=1)
     return model
@@ -419,7 +425,7 @@ def test_weights_may_change_between_calls(model: PreTrainedModel) -> None:
     for p in model.parameters():  # in place, as an optimiser does
         p.add_(0.05 * torch.randn_like(p))
     check()
-    mixer = model.backbone.layers[1].mixer
+    mixer = model.backbone.layers[-1].mixer
     mixer.out_proj.weight = torch.nn.Parameter(torch.randn_like(mixer.out_proj.weight))
     check()
     model.to("cpu").to(DEVICE)

@@ -12,11 +12,22 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
-from ssm_hf import Mamba2ForCausalLM, Mamba2Model, MambaForCausalLM, MambaModel
+from ssm_hf import (
+    Mamba2ForCausalLM,
+    Mamba2Model,
+    Mamba3ForCausalLM,
+    Mamba3Model,
+    MambaForCausalLM,
+    MambaModel,
+)
 from tests.helpers import randomize_, relative_error, tiny
 
-MODELS = {"mamba": MambaForCausalLM, "mamba2": Mamba2ForCausalLM}
-BACKBONES = {"mamba": MambaModel, "mamba2": Mamba2Model}
+MODELS = {
+    "mamba": MambaForCausalLM,
+    "mamba2": Mamba2ForCausalLM,
+    "mamba3": Mamba3ForCausalLM,
+}
+BACKBONES = {"mamba": MambaModel, "mamba2": Mamba2Model, "mamba3": Mamba3Model}
 each_type = pytest.mark.parametrize("model_type", MODELS)
 each_tying = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 
@@ -135,13 +146,13 @@ def test_bf16_model_keeps_decays_in_fp32(model_type: str, tmp_path: Path) -> Non
     loaded = MODELS[model_type].from_pretrained(tmp_path, dtype=torch.bfloat16)
     expected = model.state_dict()
     for name, tensor in loaded.state_dict().items():
-        precise = name.endswith(("A_log", ".D", "dt_bias"))
+        precise = name.endswith(("A_log", ".D", "dt_bias", "B_bias", "C_bias"))
         assert tensor.dtype == (torch.float32 if precise else torch.bfloat16), name
         assert torch.equal(tensor, expected[name].to(tensor.dtype)), name
     loaded.save_pretrained(tmp_path / "bf16")
     again = MODELS[model_type].from_pretrained(tmp_path / "bf16")
     assert again.dtype == torch.bfloat16
-    assert again.backbone.layers[0].mixer.A_log.dtype == torch.float32
+    assert again.backbone.layers[0].mixer.D.dtype == torch.float32
     assert torch.equal(again(ids).logits, loaded(ids).logits)
 
 
@@ -254,20 +265,29 @@ MIXER_GROUPS = {
         ["conv1d.weight", "in_proj.weight", "out_proj.weight"],
         ["A_log", "D", "dt_bias", "norm.weight", "conv1d.bias", "in_proj.bias", "out_proj.bias"],
     ),
-}
+    "mamba3": (
+        ["in_proj.weight", "out_proj.weight", "fc1.weight", "fc2.weight"],
+        ["D", "dt_bias", "B_bias", "C_bias", "B_norm.weight", "C_norm.weight", "mimo_x", "mimo_z",
+         "mimo_o", "norm.weight", "in_proj.bias", "out_proj.bias", "norm2.weight"],
+    ),
+}  # fmt: skip
 
 
 @each_type
 @each_tying
 def test_parameter_groups_list_every_parameter_once(model_type: str, tied: bool) -> None:
-    model = build(model_type, tie_word_embeddings=tied, use_bias=True, num_hidden_layers=2)
+    options = {"mimo_rank": 2, "output_norm": True} if model_type == "mamba3" else {}
+    model = build(
+        model_type, tie_word_embeddings=tied, use_bias=True, num_hidden_layers=2, **options
+    )
     decayed, spared = ["backbone.embeddings.weight"], ["backbone.norm_f.weight"]
     if not tied:
         decayed.append("lm_head.weight")
     for layer in ("backbone.layers.0.", "backbone.layers.1."):
         spared.append(layer + "norm.weight")
-        decayed += [f"{layer}mixer.{name}" for name in MIXER_GROUPS[model_type][0]]
-        spared += [f"{layer}mixer.{name}" for name in MIXER_GROUPS[model_type][1]]
+        homes = {"fc1.weight": "mlp.", "fc2.weight": "mlp.", "norm2.weight": ""}
+        for names, listed in zip((decayed, spared), MIXER_GROUPS[model_type], strict=True):
+            names += [layer + homes.get(name, "mixer.") + name for name in listed]
     groups = model.parameter_groups(0.1)
     assert [g["weight_decay"] for g in groups] == [0.1, 0.0]
     assert sorted(groups[0]["names"]) == sorted(decayed)
@@ -292,6 +312,11 @@ def test_flops_per_token_equal_a_count_by_hand() -> None:
     layer = 2 * (32 * (64 + 64 + 2 * 2 * 16 + 8) + 64 * 32 + 4 * (64 + 2 * 2 * 16) + scan)
     assert build("mamba2").flops_per_token(1024) == 3 * layer + head == 74496
     assert BACKBONES["mamba2"](tiny("mamba2")).flops_per_token(1) == 3 * layer
+    # D=32, I=64, H=8, P=8, N=8, G=2, R=2, S=2, chunks of 4, so 8 rows; MLP of 128.
+    scan = 8 * 2 * (8 * (8 + 8) + 2 * 8 * 8) + 8 * 2 * 4 * 2 + 3 * 8 * 2 * 8
+    layer = 2 * (32 * (64 + 64 + 2 * 2 * 2 * 8 + 3 * 8 + 2) + 64 * 32 + scan + 3 * 32 * 128)
+    model = BACKBONES["mamba3"](tiny("mamba3-mimo"))
+    assert model.flops_per_token(1) == 3 * layer
 
 
 @each_type

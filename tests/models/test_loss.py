@@ -5,10 +5,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ssm_hf import Mamba2ForCausalLM, MambaForCausalLM
+from ssm_hf import Mamba2ForCausalLM, Mamba3ForCausalLM, MambaForCausalLM
 from tests.helpers import randomize_, relative_error, tiny
 
-CLASSES = {"mamba": MambaForCausalLM, "mamba2": Mamba2ForCausalLM}
+CLASSES = {
+    "mamba": MambaForCausalLM,
+    "mamba2": Mamba2ForCausalLM,
+    "mamba3": Mamba3ForCausalLM,
+}
 # Both losses are formed in fp32, and sum in another order.
 TOLERANCE = 2e-6
 

@@ -5,12 +5,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ssm_hf import Mamba2ForCausalLM, MambaForCausalLM
+from ssm_hf import Mamba2ForCausalLM, Mamba3ForCausalLM, MambaForCausalLM
 from ssm_hf.models.backbone import shift_labels
 from ssm_hf.sequence import SequenceInfo
 from tests.helpers import randomize_, relative_error, tiny
 
-CLASSES = {"mamba": MambaForCausalLM, "mamba2": Mamba2ForCausalLM}
+CLASSES = {
+    "mamba": MambaForCausalLM,
+    "mamba2": Mamba2ForCausalLM,
+    "mamba3": Mamba3ForCausalLM,
+}
 LENGTHS = (5, 1, 9, 2)
 TOTAL = sum(LENGTHS)
 # transformers' loss function computes in fp32, and sums in another order here and there.
