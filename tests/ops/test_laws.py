@@ -165,7 +165,9 @@ def test_op_gradcheck(case: Case) -> None:
             return_final_state=True,
         )
 
-    assert torch.autograd.gradcheck(run, (*sequences.values(), *weights.values(), state))
+    # against finite differences along random directions
+    leaves = (*sequences.values(), *weights.values(), state)
+    assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
 
 
 @cases
@@ -188,7 +190,7 @@ def test_op_half_precision_keeps_wide_states(case: Case) -> None:
     assert final.dtype == (torch.bfloat16 if is_conv else torch.float32)
     # y is rounded once, to 8 bits; states are formed in fp32 from the same inputs.
     assert relative_error(y, expected) < 2**-8
-    assert relative_error(final, expected_final) < (2**-8 if is_conv else 1e-5)
+    assert relative_error(final, expected_final) < case.state_rounding
 
 
 @cases

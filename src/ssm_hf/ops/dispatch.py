@@ -19,6 +19,7 @@ _CHOICES: tuple[Impl, ...] = get_args(Impl)
 OPERATORS = (
     "add_rms_norm",
     "causal_conv1d",
+    "gated_linear",
     "linear_cross_entropy",
     "linear_scan",
     "mamba1_mix",
@@ -42,7 +43,7 @@ class ImplementationUnavailableError(RuntimeError):
 
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-_WITHOUT_KERNEL = ("linear_scan", "mamba3_scan")
+_WITHOUT_KERNEL = ("linear_scan",)
 
 
 # Triton decides this when a kernel is defined, so here too it is decided once.

@@ -8,7 +8,7 @@ belongs to, counted from 0 within its row (pads carry the number of the real tok
 import functools
 from collections.abc import Callable, Mapping
 from itertools import pairwise
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -162,10 +162,10 @@ def document_starts(doc: Tensor) -> Tensor:
     return torch.nn.functional.pad(doc[:, 1:] != doc[:, :-1], (1, 0))
 
 
-def _each(change: Callable[..., Tensor], *states: _State) -> _State:
+def _each(change: Callable[..., Any], *states: _State) -> _State:
     """`change` of the tensors of states, which are a tensor or a named tuple of tensors each."""
-    first = states[0]
-    return change(*states) if isinstance(first, Tensor) else type(first)(*map(change, *states))
+    kind: Any = type(states[0])
+    return change(*states) if isinstance(states[0], Tensor) else kind(*map(change, *states))
 
 
 def run_per_document(

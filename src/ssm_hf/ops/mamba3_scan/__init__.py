@@ -1,8 +1,10 @@
 """Mamba-3's scan: exponential-trapezoidal rule, rotating states, one or several ranks."""
 
+import functools
+
 from torch import Tensor
 
-from ssm_hf.ops.dispatch import pick
+from ssm_hf.ops.dispatch import HAS_TRITON, pick
 from ssm_hf.ops.mamba3_scan.reference import (
     Mamba3State,
     mamba3_scan_recurrent,
@@ -11,6 +13,16 @@ from ssm_hf.ops.mamba3_scan.reference import (
     rope_permutation,
 )
 from ssm_hf.ops.packing import check_packing, in_given_precision
+
+if HAS_TRITON:
+    from ssm_hf.ops.mamba3_scan.launch import mamba3_scan_triton, why_unsupported
+else:
+    mamba3_scan_triton = None
+
+    def why_unsupported(x: Tensor, B: Tensor, *others: Tensor | None) -> str | None:
+        """Without kernels there is nothing that they could refuse."""
+        return None
+
 
 __all__ = [
     "Mamba3State",
@@ -106,7 +118,15 @@ def mamba3_scan(
     if initial_state is not None:
         rows = x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
         _check_state(initial_state, rows, x, B, angles)
-    run = pick("mamba3_scan", impl, x.device, reference=mamba3_scan_torch)
+    triton = mamba3_scan_triton
+    if triton is not None:
+        triton = functools.partial(triton, keep_state=return_final_state)
+    unsupported = why_unsupported(
+        x, B, C, dt, A, trap, angles, D, z, B_bias, C_bias, mimo_x, mimo_z, mimo_o, dt_bias,
+        *(initial_state or ()),
+    )  # fmt: skip
+    run = pick("mamba3_scan", impl, x.device, reference=mamba3_scan_torch, triton=triton,
+               unsupported=unsupported)  # fmt: skip
     y, state = run(
         x, dt, A, trap, B, C, angles, D, z, B_bias, C_bias, mimo_x, mimo_z, mimo_o, dt_bias,
         dt_softplus, rope_layout, initial_state, seq_idx, cu_seqlens, mask, chunk_size,
@@ -185,16 +205,16 @@ def _check(
 def _check_state(
     state: Mamba3State, rows: int, x: Tensor, B: Tensor, angles: Tensor | None
 ) -> None:
-    """Raise `ValueError` where a part of the initial state has another shape than the inputs ask."""
+    """Raise `ValueError` where a part of the state does not fit the inputs."""
     heads, head_dim = x.shape[2:]
     ranks, _, states = B.shape[2:]
-    shapes = Mamba3State(
-        (rows, heads, 0 if angles is None else angles.shape[2]),  # pyright: ignore
-        (rows, heads, head_dim, states),  # pyright: ignore
-        (rows, ranks, heads, states),  # pyright: ignore
-        (rows, heads, head_dim),  # pyright: ignore
-    )
-    for name, value, shape in zip(Mamba3State._fields, state, shapes, strict=True):
+    pairs = 0 if angles is None else angles.shape[2]
+    for name, value, shape in (
+        ("angle", state.angle, (rows, heads, pairs)),
+        ("ssm", state.ssm, (rows, heads, head_dim, states)),
+        ("k", state.k, (rows, ranks, heads, states)),
+        ("v", state.v, (rows, heads, head_dim)),
+    ):
         if value.shape != shape:
             raise ValueError(
                 f"initial_state.{name} must have shape {shape}, got {tuple(value.shape)}"

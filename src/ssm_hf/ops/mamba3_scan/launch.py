@@ -779,7 +779,7 @@ def mamba3_scan_triton(
         return y, None
     place, real = _last_token(x, cu_seqlens, mask)
     batch = torch.arange(len(place), device=x.device) * (cu_seqlens is None)
-    k = keys(B[batch, place].float(), B_bias, angle, x.shape[2], rope_layout).to(x.dtype)
+    k = keys(B[batch, place].float(), B_bias, angle, rope_layout).transpose(1, 2).to(x.dtype)
     v = x[batch, place]
     if initial_state is not None:
         k = torch.where(real[:, None, None, None], k, initial_state.k.to(k.dtype))

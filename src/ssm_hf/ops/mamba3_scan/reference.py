@@ -11,13 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssm_hf.ops.linear_scan.reference import linear_scan_parallel
+from ssm_hf.ops.mamba3_scan.chunked import Inputs, chunked_scan
 from ssm_hf.ops.packing import (
     compute_dtype,
     document_numbers,
     next_real,
     run_per_document,
 )
-from ssm_hf.ops.ssd.reference import chunk_decays
+from ssm_hf.ops.ssd.reference import LONGEST_CHUNK
 from ssm_hf.ops.step_size import step_size
 
 NO_LIMIT = (0.0, float("inf"))
@@ -60,28 +62,27 @@ def rope_permutation(n: int, s: int) -> Tensor:
     return torch.cat([pairs, rest], dim=1).flatten()
 
 
-def rotate(v: Tensor, cos: Tensor, sin: Tensor, rope_layout: str) -> Tensor:
-    """Turn the first S pairs of v (..., N) by angles given as cos, sin (..., S)."""
-    s = cos.shape[-1]
+def rotate(v: Tensor, angle: Tensor, rope_layout: str) -> Tensor:
+    """Turn the first S pairs of v (..., N) by the angles (..., S)."""
+    n, s = v.shape[-1], angle.shape[-1]
+    if not s:
+        return v
+    cos, sin = angle.cos(), angle.sin()
     if rope_layout == "pairwise":
         a, b = v[..., : 2 * s].unflatten(-1, (s, 2)).unbind(-1)
         turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
         return torch.cat([turned, v[..., 2 * s :]], dim=-1)
-    half = v.shape[-1] // 2
+    half = n // 2
     a, b = v[..., :s], v[..., half : half + s]
     parts = [a * cos - b * sin, v[..., s:half], a * sin + b * cos, v[..., half + s :]]
     return torch.cat(parts, dim=-1)
 
 
-def keys(B: Tensor, bias: Tensor | None, angle: Tensor, heads: int, rope_layout: str) -> Tensor:
-    """k (..., R, H, N) of B (..., R, G, N), bias (H, R, N) and θ (..., H, S); the same for q, C."""
-    k = B.repeat_interleave(heads // B.shape[-2], dim=-2)
-    if bias is not None:
-        k = k + bias.transpose(0, 1)
-    if angle.shape[-1]:
-        angle = angle.unsqueeze(-3)
-        k = rotate(k, angle.cos(), angle.sin(), rope_layout)
-    return k
+def keys(B: Tensor, bias: Tensor | None, angle: Tensor, rope_layout: str) -> Tensor:
+    """k (B, H, R, N) of B (B, R, G, N), bias (H, R, N) and θ (B, H, S); and so q of C."""
+    groups, heads = B.shape[2], angle.shape[1]
+    k = B.transpose(1, 2)[:, :, None].expand(-1, -1, heads // groups, -1, -1).flatten(1, 2)
+    return rotate(k if bias is None else k + bias, angle[:, :, None], rope_layout)
 
 
 def zero_state(x: Tensor, B: Tensor, angles: Tensor | None, dtype: torch.dtype) -> Mamba3State:
@@ -95,28 +96,6 @@ def zero_state(x: Tensor, B: Tensor, angles: Tensor | None, dtype: torch.dtype) 
         k=x.new_zeros(batch, ranks, heads, states),
         v=x.new_zeros(batch, heads, head_dim),
     )
-
-
-def finish(
-    y: Tensor,
-    v: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    mimo_z: Tensor | None,
-    mimo_o: Tensor | None,
-) -> Tensor:
-    """Skip, gate and contraction of y (..., R, H, P), with v of the same shape and z (..., H, P).
-
-    (..., H, P), or (..., R, H, P) without mimo_o and with several ranks.
-    """
-    if D is not None:
-        y = y + D[:, None] * v
-    if z is not None:
-        gate = z.unsqueeze(-3)
-        y = y * F.silu(gate if mimo_z is None else gate * mimo_z.transpose(0, 1))
-    if mimo_o is not None:
-        return (y * mimo_o.transpose(0, 1)).sum(dim=-3)
-    return y.squeeze(-3) if y.shape[-3] == 1 else y
 
 
 def mamba3_step(
@@ -148,33 +127,39 @@ def mamba3_step(
     dtype = compute_dtype(x, dt, A, None if state is None else state.ssm)
     if state is None:
         state = zero_state(x, B, angles, dtype)
-    x_wide, A, B, C = (v.to(dtype) for v in (x, A, B, C))
+    B_bias, C_bias, D, mimo_x, mimo_z, mimo_o = (
+        None if w is None else w.to(dtype) for w in (B_bias, C_bias, D, mimo_x, mimo_z, mimo_o)
+    )
     delta = step_size(dt, dt_bias, dt_softplus, NO_LIMIT, None).to(dtype)
     share = torch.ones_like(delta) if trap is None else torch.sigmoid(trap.to(dtype))
     angle = state.angle.to(dtype)
     if angles is not None:
         turn = math.pi * torch.tanh(angles.to(dtype))
         angle = wrap(angle + turn[:, None] * delta[..., None])
-    B_bias, C_bias, D, z, mimo_x, mimo_z, mimo_o = (
-        None if v is None else v.to(dtype) for v in (B_bias, C_bias, D, z, mimo_x, mimo_z, mimo_o)
-    )
-    k, q = (keys(v, w, angle, x.shape[1], rope_layout) for v, w in ((B, B_bias), (C, C_bias)))
+    k, q = (keys(v.to(dtype), w, angle, rope_layout) for v, w in ((B, B_bias), (C, C_bias)))
+    # (B, H, R, P)
+    v, v_before = (u.to(dtype)[:, :, None] for u in (x, state.v))
+    if mimo_x is not None:
+        v, v_before = v * mimo_x, v_before * mimo_x
 
-    def per_rank(v: Tensor) -> Tensor:
-        return v[:, None] if mimo_x is None else v[:, None] * mimo_x.transpose(0, 1)
+    decay = torch.exp(delta * A.to(dtype))
+    before, now = (1 - share) * delta * decay, share * delta
+    # What both tokens add to the state is one product over their ranks.
+    added = torch.cat([before[..., None, None] * v_before, now[..., None, None] * v], dim=2)
+    k_pair = torch.cat([state.k.to(dtype).transpose(1, 2), k], dim=2)
+    ssm = decay[..., None, None] * state.ssm.to(dtype) + added.transpose(2, 3) @ k_pair
 
-    def outer(v: Tensor, k: Tensor) -> Tensor:
-        return torch.einsum("brhp,brhn->bhpn", per_rank(v), k)
-
-    decay = torch.exp(delta * A)
-    before = ((1 - share) * delta * decay)[..., None, None] * outer(
-        state.v.to(dtype), state.k.to(dtype)
-    )
-    now = (share * delta)[..., None, None] * outer(x_wide, k)
-    ssm = decay[..., None, None] * state.ssm.to(dtype) + before + now
-    y = torch.einsum("bhpn,brhn->brhp", ssm, q)
-    y = finish(y, per_rank(x_wide), D, z, mimo_z, mimo_o)
-    return y.to(x.dtype), Mamba3State(angle, ssm, k.to(x.dtype), x)
+    y = q @ ssm.transpose(2, 3)
+    if D is not None:
+        y = y + D[:, None, None] * v
+    if z is not None:
+        gate = z.to(dtype)[:, :, None]
+        y = y * F.silu(gate if mimo_z is None else gate * mimo_z)
+    if mimo_o is not None:
+        y = (y * mimo_o).sum(dim=2)
+    else:
+        y = y[:, :, 0] if y.shape[2] == 1 else y.transpose(1, 2)
+    return y.to(x.dtype), Mamba3State(angle, ssm, k.transpose(1, 2).to(x.dtype), x)
 
 
 def mamba3_scan_recurrent(
@@ -233,6 +218,10 @@ def mamba3_scan_torch(
 ) -> tuple[Tensor, Mamba3State]:
     """y and the final state; arguments as `mamba3_scan` takes them."""
     dtype = compute_dtype(x, dt, A, None if initial_state is None else initial_state.ssm)
+    weights = {
+        "D": D, "B_bias": B_bias, "C_bias": C_bias,
+        "mimo_x": mimo_x, "mimo_z": mimo_z, "mimo_o": mimo_o,
+    }  # fmt: skip
 
     def run(
         x: Tensor,
@@ -246,168 +235,180 @@ def mamba3_scan_torch(
         initial_state: Mamba3State | None,
         mask: Tensor | None,
     ) -> tuple[Tensor, Mamba3State]:
-        state = zero_state(x, B, angles, dtype) if initial_state is None else initial_state
+        state = initial_state or zero_state(x, B, angles, dtype)
+        if x.shape[1] == 1 and mask is None:
+            trap_1, angles_1, z_1 = (None if v is None else v[:, 0] for v in (trap, angles, z))
+            y, state = mamba3_step(
+                x[:, 0], dt[:, 0], A[:, 0], trap_1, B[:, 0], C[:, 0], angles_1, z=z_1, **weights,
+                dt_bias=dt_bias, dt_softplus=dt_softplus, rope_layout=rope_layout, state=state,
+            )  # fmt: skip
+            return y[:, None], state
+        delta = step_size(dt, dt_bias, dt_softplus, NO_LIMIT, mask).to(dtype)
         doc = None if seq_idx is None else document_numbers(seq_idx, mask)
-        return _chunked(
-            x, dt, A, trap, B, C, angles, D, z, B_bias, C_bias, mimo_x, mimo_z, mimo_o,
-            dt_bias, dt_softplus, rope_layout, state, doc, mask, chunk_size, dtype,
-        )  # fmt: skip
+        return mamba3_chunked(
+            x, delta, A, trap, B, C, angles, z, weights, rope_layout, state, doc, mask, chunk_size
+        )
 
     sequences = {
         "x": x, "dt": dt, "A": A, "trap": trap, "B": B, "C": C, "angles": angles, "z": z,
     }  # fmt: skip
     if cu_seqlens is not None:
         return run_per_document(run, sequences, cu_seqlens, initial_state, mask)
-    if x.shape[1] == 1 and mask is None:
-        y, state = mamba3_step(
-            x[:, 0], dt[:, 0], A[:, 0], *(None if v is None else v[:, 0] for v in (trap, B, C, angles)), D,  # noqa: E501 # pyright: ignore
-            None if z is None else z[:, 0], B_bias=B_bias, C_bias=C_bias, mimo_x=mimo_x,
-            mimo_z=mimo_z, mimo_o=mimo_o, dt_bias=dt_bias, dt_softplus=dt_softplus,
-            rope_layout=rope_layout, state=initial_state,
-        )  # fmt: skip
-        return y[:, None], state
-    return run(**sequences, initial_state=initial_state, mask=mask)  # pyright: ignore
+    return run(x, dt, A, trap, B, C, angles, z, initial_state, mask)
 
 
-def _chunked(
+def _first_pairs(n: int, s: int, rope_layout: str) -> Tensor:
+    """Index (N,) that puts the rotated pairs at (i, i + S) and the rest behind them."""
+    if rope_layout == "pairwise":
+        return torch.cat(
+            [torch.arange(0, 2 * s, 2), torch.arange(1, 2 * s, 2), torch.arange(2 * s, n)]
+        )
+    half = n // 2
+    parts = [(0, s), (half, half + s), (s, half), (half + s, n)]
+    return torch.cat([torch.arange(*part) for part in parts])
+
+
+def _neighbours(lag: Tensor, doc: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Of lag (B, T, H), 0 at pads: that of the real token after each real token of its document,
+    else 0, and that of the row's first real token (B, H).
+    """
+    length = lag.shape[1]
+    if mask is None:
+        after, first = F.pad(lag[:, 1:], (0, 0, 0, 1)), lag[:, 0]
+        if doc is not None:
+            after = after * F.pad(doc[:, 1:] == doc[:, :-1], (0, 1))[..., None]
+        return after, first
+    following = next_real(mask)
+    index = following.clamp(max=length - 1)
+    joined = mask & (following < length)
+    if doc is not None:
+        joined = joined & (doc.gather(1, index) == doc)
+    after = lag.gather(1, index[..., None].expand(lag.shape)) * joined[..., None]
+    start = mask.int().argmax(dim=1)
+    return after, lag[torch.arange(lag.shape[0], device=lag.device), start]
+
+
+def _chunk_angles(
+    turn: Tensor, delta: Tensor, doc: Tensor | None, angle: Tensor
+) -> tuple[Tensor, Tensor]:
+    """θ before each chunk (c, B, H, S) and after the last one (B, H, S), from `angle` (B, H, S).
+
+    turn (c, B, Q, S), delta (c, B, Q, H), doc (c, B, Q). In fp64: sums over a long row would lose
+    digits that a phase needs.
+    """
+    step, stays = delta.double(), torch.ones_like(delta[:, :, 0, :1, None], dtype=torch.float64)
+    if doc is not None:
+        last = doc[:, :, -1:]
+        step = step * (doc == last)[..., None]
+        before = F.pad(last, (0, 0, 0, 0, 1, 0))[:-1]
+        stays = stays * (last == before)[..., None]
+    turned = torch.einsum("cbqs,cbqh->bchs", turn.double(), step)
+    stays = stays.transpose(0, 1).expand(turned.shape)
+    after, last = linear_scan_parallel(stays, turned, angle.double())
+    entry = torch.cat([angle.double()[:, None], after[:, :-1]], dim=1)
+    return wrap(entry).to(delta.dtype).transpose(0, 1), wrap(last).to(delta.dtype)
+
+
+def mamba3_chunked(
     x: Tensor,
-    dt: Tensor,
+    delta: Tensor,
     A: Tensor,
     trap: Tensor | None,
     B: Tensor,
     C: Tensor,
     angles: Tensor | None,
-    D: Tensor | None,
     z: Tensor | None,
-    B_bias: Tensor | None,
-    C_bias: Tensor | None,
-    mimo_x: Tensor | None,
-    mimo_z: Tensor | None,
-    mimo_o: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
+    weights: dict[str, Tensor | None],
     rope_layout: str,
     state: Mamba3State,
     doc: Tensor | None,
     mask: Tensor | None,
     chunk_size: int,
-    dtype: torch.dtype,
 ) -> tuple[Tensor, Mamba3State]:
-    """Vectorised path through the identity with SSD (docs/math/mamba3_scan.md)."""
+    """Vectorised path: the recurrence as one of SSD's kind, see `ChunkedScan`.
+
+    delta (B, T, H) is Δ, 0 at pads; doc (B, T) canonical document numbers.
+    """
+    dtype = delta.dtype
     batch, length, heads, _ = x.shape
-    out_dtype = x.dtype
-    x, A, B, C, D, z, B_bias, C_bias, mimo_x, mimo_z, mimo_o = (
-        None if v is None else v.to(dtype)
-        for v in (x, A, B, C, D, z, B_bias, C_bias, mimo_x, mimo_z, mimo_o)
-    )
-    assert x is not None
-    assert A is not None
-    assert B is not None
-    assert C is not None
-    delta = step_size(dt, dt_bias, dt_softplus, NO_LIMIT, mask).to(dtype)
-    if trap is None:
-        now, lag = delta, torch.zeros_like(delta)
-    else:
-        now, lag = delta * torch.sigmoid(trap.to(dtype)), delta * torch.sigmoid(-trap.to(dtype))
-    # What the next real token of the same document adds of this one.
-    if mask is None:
-        after = F.pad(lag[:, 1:], (0, 0, 0, 1))
-        first, last = lag[:, 0], torch.full((batch,), length - 1, device=x.device)
-        any_real = None
-        following = torch.arange(1, length + 1, device=x.device).expand(batch, -1)
-    else:
-        following = next_real(mask)
-        index = following.clamp(max=length - 1)
-        after = lag.gather(1, index[..., None].expand(lag.shape))
-        after = after * (mask & (following < length))[..., None]
-        first = lag.gather(1, mask.int().argmax(1)[:, None, None].expand(-1, 1, heads))[:, 0]
-        last = length - 1 - mask.flip(1).int().argmax(1)
-        any_real = mask.any(dim=1)
-    if doc is not None:
-        same = doc.gather(1, following.clamp(max=length - 1)) == doc
-        after = after * same[..., None]
+    ranks, _, n = B.shape[2:]
+    weights = {name: None if w is None else w.to(dtype) for name, w in weights.items()}
+    B_bias, C_bias, mimo_x = weights["B_bias"], weights["C_bias"], weights["mimo_x"]
+    own, lag = delta, torch.zeros_like(delta)
+    if trap is not None:
+        trap = trap.to(dtype)
+        own, lag = delta * torch.sigmoid(trap), delta * torch.sigmoid(-trap)
+    after, first = _neighbours(lag, doc, mask)
 
-    def per_rank(v: Tensor) -> Tensor:
-        return v.unsqueeze(-3) if mimo_x is None else v.unsqueeze(-3) * mimo_x.transpose(0, 1)
-
+    # Later tokens find the last one's lagged term in the state: so it enters here.
     k_before, v_before = state.k.to(dtype), state.v.to(dtype)
-    entering = state.ssm.to(dtype) + first[..., None, None] * torch.einsum(
-        "brhp,brhn->bhpn", per_rank(v_before), k_before
-    )
-    # Angles of all tokens
-    theta = state.angle.to(dtype)[:, None].expand(batch, length, -1, -1)
-    if angles is not None:
-        phi = math.pi * torch.tanh(angles.to(dtype))[:, :, None] * delta[..., None]
-        total = phi.cumsum(1)
-        if doc is not None:
-            position = torch.arange(length, device=x.device)
-            starts = F.pad(doc[:, 1:] != doc[:, :-1], (1, 0))
-            start = torch.where(starts, position, 0).cummax(1).values
-            offset = F.pad(total, (0, 0, 0, 0, 1, 0)).gather(
-                1, start[..., None, None].expand(total.shape)
-            )
-            theta = torch.where((doc == 0)[..., None, None], theta, 0) - offset
-        theta = wrap(theta + total)
-    k, q = (keys(v, w, theta, heads, rope_layout) for v, w in ((B, B_bias), (C, C_bias)))
-    v = per_rank(x)
-    y, ssm = _scan(q, k, v, delta * A, now + after, now, entering, doc, chunk_size)
-    y = finish(y, v, D, z, mimo_z, mimo_o)
-    if mask is not None:
-        y = y * mask.view(batch, length, *[1] * (y.ndim - 2))
-    rows = torch.arange(batch, device=x.device)
-    angle, k_last, v_last = theta[rows, -1], k[rows, last], x[rows, last]
-    if any_real is not None:
-        k_last = torch.where(any_real[:, None, None, None], k_last, k_before)
-        v_last = torch.where(any_real[:, None, None], v_last, v_before)
-    if angles is None:
-        angle = state.angle.to(dtype)
-    return y.to(out_dtype), Mamba3State(angle, ssm, k_last.to(out_dtype), v_last.to(out_dtype))
+    v_ranks = v_before[:, None] if mimo_x is None else v_before[:, None] * mimo_x.transpose(0, 1)
+    entering = torch.einsum("brhp,brhn->bhpn", v_ranks, k_before)
+    entering = state.ssm.to(dtype) + first[..., None, None] * entering
 
-
-def _scan(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    exponent: Tensor,
-    scale: Tensor,
-    diagonal: Tensor,
-    state: Tensor,
-    doc: Tensor | None,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor]:
-    batch, length, ranks, heads = q.shape[:4]
-    size = min(chunk_size, 64, length)
+    # As many rows as ssd's chunks have, but not so short that the states take all the memory.
+    size = min(chunk_size, max(LONGEST_CHUNK // ranks, LONGEST_CHUNK // 2), length)
     pad = -length % size
 
-    def split(u: Tensor) -> Tensor:
-        """(B, T, [R,] H, ...) -> (c, B, H, Q, [R,] ...)."""
+    def split(v: Tensor) -> Tensor:
+        """(B, T, ...) -> (c, B, Q, ...); tokens added at the end have Δ = 0."""
         if pad:
-            u = F.pad(u, (*[0, 0] * (u.ndim - 2), 0, pad))
-        u = u.unflatten(1, (-1, size)).transpose(0, 1)
-        return u.movedim(4, 2) if u.ndim > 4 else u.movedim(3, 2)
+            v = F.pad(v, (*[0, 0] * (v.ndim - 2), 0, pad))
+        return v.unflatten(1, (-1, size)).transpose(0, 1)
 
+    chunk_doc = None
     if doc is not None:
-        doc = torch.cat([doc, doc[:, -1:].expand(-1, pad)], dim=1)
-        doc = doc.view(batch, -1, size).transpose(0, 1)
-        before = F.pad(doc[:, :, -1], (0, 0, 1, 0))[:-1]
-    else:
-        before = None
-    q, k, v = (split(u) for u in (q, k, v))
-    scale, diagonal = split(scale), split(diagonal)
-    M, from_entry, to_exit, whole = chunk_decays(
-        split(exponent).transpose(2, 3)[:, :, None], doc, before
+        chunk_doc = torch.cat([doc, doc[:, -1:].expand(-1, pad)], dim=1)
+        chunk_doc = chunk_doc.unflatten(1, (-1, size)).transpose(0, 1)
+    deltas = split(delta)
+    turn = angle = order = None
+    last_angle = state.angle.to(dtype)
+    if angles is not None:
+        turn = split(math.pi * torch.tanh(angles.to(dtype)))
+        angle, last_angle = _chunk_angles(turn, deltas, chunk_doc, last_angle)
+        order = _first_pairs(n, angles.shape[-1], rope_layout).to(x.device)
+
+    def ordered(v: Tensor) -> Tensor:
+        return v if order is None else v[..., order]
+
+    # Chunks processed at once: few on a CPU, whose cache they should fit, many on a GPU.
+    elements = 2**20 if x.device.type == "cpu" else 2**26
+    rows = size * ranks
+    batch_of_chunks = max(1, elements // (batch * heads * rows * (rows + 2 * n)))
+    inputs = Inputs(
+        x=split(x),
+        B=split(ordered(B)),
+        C=split(ordered(C)),
+        z=None if z is None else split(z),
+        turn=turn,
+        delta=deltas,
+        exponent=split(delta * A.to(dtype)),
+        scale=split(own + after),
+        own=split(own),
+        angle=angle,
+        state=ordered(entering),
+        B_bias=None if B_bias is None else ordered(B_bias),
+        C_bias=None if C_bias is None else ordered(C_bias),
+        D=weights["D"],
+        mimo_x=mimo_x,
+        mimo_z=weights["mimo_z"],
+        mimo_o=weights["mimo_o"],
     )
-    M = M[:, :, 0].tril(-1) * scale[..., None, :] + torch.diag_embed(diagonal)
-    from_entry = from_entry[:, :, 0, :, :, 0].transpose(2, 3)
-    to_exit = to_exit[:, :, 0, :, :, 0].transpose(2, 3)
-    whole = whole[:, :, 0, 0]
-    outputs = []
-    for i in range(q.shape[0]):
-        weights = torch.einsum("bhtrn,bhsun->bhtrsu", q[i], k[i]) * M[i][:, :, :, None, :, None]
-        y = torch.einsum("bhtrsu,bhsup->bhtrp", weights, v[i])
-        y = y + torch.einsum("bhtrn,bhpn,bht->bhtrp", q[i], state, from_entry[i])
-        outputs.append(y)
-        added = torch.einsum("bht,bhtrp,bhtrn->bhpn", to_exit[i] * scale[i], v[i], k[i])
-        state = whole[i][..., None] * state + added
-    y = torch.stack(outputs).permute(1, 0, 3, 4, 2, 5).flatten(1, 2)[:, :length]
-    return y, state
+    y, ssm = chunked_scan(inputs, chunk_doc, batch_of_chunks)
+    y = y.transpose(0, 1).flatten(1, 2)[:, :length]
+    if order is not None:
+        ssm = ssm[..., order.argsort()]
+
+    if mask is None:
+        k, v = B[:, -1], x[:, -1]
+    else:
+        y = y * mask.view(batch, length, *[1] * (y.ndim - 2))
+        last = length - 1 - mask.flip(1).int().argmax(dim=1)
+        row = torch.arange(batch, device=x.device)
+        k, v = B[row, last], x[row, last]
+    k = keys(k.to(dtype), B_bias, last_angle, rope_layout).transpose(1, 2)
+    if mask is not None:
+        nothing = ~mask.any(dim=1)
+        k = torch.where(nothing[:, None, None, None], k_before, k)
+        v = torch.where(nothing[:, None, None], v_before.to(v.dtype), v)
+    return y, Mamba3State(last_angle, ssm, k.to(x.dtype), v)
