@@ -90,6 +90,17 @@ class RecurrentCache(Cache):
         for layer in self.layers:
             layer.reserve(tokens)
 
+    @property
+    def room(self) -> int | None:
+        """Tokens of the longest sequence that fits without any tensor growing; None = any."""
+        rooms = [room for layer in self.layers if (room := layer.room) is not None]
+        return min(rooms) if rooms else None
+
+    def grow(self, tokens: int) -> None:
+        """Make room for so many tokens more."""
+        for layer in self.layers:
+            layer.grow(self.seen_tokens + tokens)
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen, pads included."""
         return self.seen_tokens

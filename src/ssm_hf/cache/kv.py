@@ -1,6 +1,6 @@
 """Keys and values of an attention layer between calls."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -49,26 +49,45 @@ class KVLayer(RecurrentLayer):
         shapes: Mapping[str, tuple[int, ...]],
         dtypes: Mapping[str, torch.dtype],
         device: torch.device,
+        make: Callable[..., Tensor] = torch.zeros,
     ) -> None:
         """Hold the state before a first token: no token, and room for those reserved."""
         slots = self._room(self._reserved, self.window)
         shapes = {k: tuple(slots if n == -1 else n for n in v) for k, v in shapes.items()}
-        super().begin(shapes, dtypes, device)
+        super().begin(shapes, dtypes, device, make)
 
     def reserve(self, tokens: int) -> None:
-        """Be ready for a sequence of so many tokens."""
+        """Be ready for a sequence of so many tokens, once there is a state."""
         self._reserved = max(self._reserved, tokens)
 
-    def make_room(self, tokens: int) -> None:
-        """Grow a layer that has begun, where that is needed, for so many tokens more."""
+    @property
+    def room(self) -> int | None:
+        """Tokens of the longest sequence that fits; None = any, a window is always full."""
+        full = self.window is not None and self.slots >= self.window
+        return None if full or not self.state else self.slots
+
+    def grow(self, tokens: int) -> None:
+        """Make room for a sequence of so many tokens."""
+        if self.state:
+            self._resize(self._room(max(tokens, self._reserved), self.window))
+
+    def make_room(self, tokens: int, seen: int) -> None:
+        """Grow a layer that has begun, where that is needed, for so many tokens more.
+
+        Args:
+            tokens: of the next call.
+            seen: columns before it, as far as the caller knows.
+        """
         recorded = self.record_window if self._columns == 0 else max(self.record_window, tokens)
-        self._columns += tokens
+        self._columns = max(self._columns, seen) + tokens
         if not self.grows:
             return
         limit = self.window
         if limit is not None and self.record_past:
             limit += 2 * recorded  # `record` never keeps more
-        needed = self._room(max(self._columns, self._reserved), limit)
+        self._resize(self._room(max(self._columns, self._reserved), limit))
+
+    def _resize(self, needed: int) -> None:
         slots = self.slots
         if needed <= slots:
             return

@@ -79,16 +79,25 @@ class RecurrentLayer:
         shapes: Mapping[str, tuple[int, ...]],
         dtypes: Mapping[str, torch.dtype],
         device: torch.device,
+        make: Callable[..., Tensor] = torch.zeros,
     ) -> None:
-        """Hold the state that stands before a first token: zeros."""
+        """Hold the state that stands before a first token: zeros, if `make` makes those."""
         with torch.inference_mode(False):
             self.state = {
-                name: torch.zeros(shape, dtype=dtypes[name], device=device)
+                name: make(shape, dtype=dtypes[name], device=device)
                 for name, shape in shapes.items()
             }
 
     def reserve(self, tokens: int) -> None:
-        """Be ready for a sequence of so many tokens; a recurrent state always is."""
+        """Be ready for a sequence of so many tokens, once there is a state; a recurrent one is."""
+
+    def grow(self, tokens: int) -> None:
+        """Make room for a sequence of so many tokens; a recurrent state has it."""
+
+    @property
+    def room(self) -> int | None:
+        """Tokens of the longest sequence that fits; None = any."""
+        return None
 
     def read(
         self, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype]

@@ -92,8 +92,13 @@ class Capture:
         if own:
             torch._foreach_copy_(own, theirs)  # pyright: ignore[reportPrivateImportUsage]
 
-    def give_back(self) -> None:
-        """Return the content of the static tensors to the caches that borrowed them."""
+    def give_back(self, keep: bool = False) -> None:
+        """Return the content of the static tensors to the caches that borrowed them.
+
+        With `keep` a cache keeps the tensors instead, until another capture lends it some.
+        """
+        if keep:
+            self._lent = []
         homes, contents = [], []
         for layer, home in self._lent:
             for name, tensor in home.items():
@@ -175,7 +180,7 @@ class ModelGraphs:
 
     @staticmethod
     def _may_stay(cache: RecurrentCache, beside: int = 0) -> bool:
-        device = next(iter(cache.layers[0].state.values())).device
+        device = next(t for layer in cache.layers for t in layer.state.values()).device
         return beside + cache.nbytes <= _SHARE_OF_MEMORY * _memory(device)
 
 

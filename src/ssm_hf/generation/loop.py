@@ -57,13 +57,21 @@ def decode(
         return kind(recipe, batch, vocabulary, logits.device)
 
     selection: Selection = make() if capture is None else capture.buffers(key, make)
+    room = cache.room
 
     def captured() -> None:
         assert capture is not None
         selection.choose(compute(selection.tokens, capture.cache))
 
     def step() -> None:
-        nonlocal capture
+        nonlocal capture, selection, room
+        if capture is not None and room is not None and cache.seen_tokens >= room:
+            capture, room = session.capture_for(cache), cache.room
+            if capture is not None:
+                larger: Selection = capture.buffers(key, make)
+                if larger is not selection:
+                    larger.take_over(selection)
+                selection = watch.selection = larger
         if capture is not None and session.run(capture, key, captured):
             cache.seen_tokens += 1
             return

@@ -79,7 +79,7 @@ def read_prompt(
     """
     batch, length = ids.shape
     sizes = cut(batch, length)
-    capture = session.capture_for(cache)
+    capture = session.capture_for(cache, length)
     if sizes is None or capture is None or capture.refused:
         return None
     last: Tensor = capture.buffers("last", make_last)

@@ -189,6 +189,14 @@ class Selection:
                 ones = torch.ones(self.seen.shape, device=self.seen.device)
                 self.seen.copy_(request.penalty(input_ids, ones) != 1)  # pyright: ignore[reportArgumentType]
 
+    def take_over(self, other: "Selection") -> None:
+        """Go on where another selection of the same key stands."""
+        for name, value in vars(other).items():
+            if isinstance(value, Tensor):
+                getattr(self, name).copy_(value)
+            else:
+                setattr(self, name, value)
+
     def choose(self, logits: Tensor) -> None:
         """Take the next tokens by logits (B, V) fp32 and note them everywhere."""
         recipe = self.recipe

@@ -71,10 +71,19 @@ class Session:
         assert static.logits is not None
         return static.logits.clone()
 
-    def capture_for(self, cache: RecurrentCache) -> Capture | None:
-        """The capture that holds the content of `cache` until the session is closed."""
-        if self._graphs is None or any(x.record_past or not x.state for x in cache.layers):
+    def capture_for(self, cache: RecurrentCache, tokens: int = 1) -> Capture | None:
+        """The capture that holds the content of `cache` until the session is closed.
+
+        Where `tokens` more do not fit, the cache grows first: that is another capture then.
+        """
+        if self._graphs is None or any(x.record_past or not x.state for x in cache.stateful):
             return None
+        room = cache.room
+        if room is not None and cache.seen_tokens + tokens > room:
+            if self._capture is not None:
+                self._capture.give_back(keep=not self.visible)
+                self._capture = None
+            cache.grow(tokens)
         capture = self._graphs.find(cache, self.visible)
         if capture is not self._capture and self._capture is not None:
             self._capture.give_back()

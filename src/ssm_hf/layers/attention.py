@@ -146,7 +146,7 @@ class AttentionMixer(Mixer):
         if self.rotary_dim:
             position = _positions(seq, own, state.get("position"))
             q, k = self._rotate(q, k, position)
-        if layer is None:
+        if layer is None or past_key_values is None:
             return self._output(self._attend(q, k, v, seq, own, None).flatten(2))
         assert isinstance(layer, KVLayer)
         new: State = {} if conv_state is None else {"conv_state": conv_state}
@@ -164,19 +164,32 @@ class AttentionMixer(Mixer):
         if position is not None:
             new["position"] = new["position"][:, -1].expand(batch)
 
-        fresh = not state
+        fresh, seen = not state, past_key_values.seen_tokens
         if length == 1 and seq.mask is None and seq.seq_idx is None and not fresh:
-            self._store(layer, k, v, seq, own)
+            self._store(layer, k, v, seq, own, seen)
             y = self._attend_cache(q, layer)
         elif fresh:
             y = self._attend(q, k, v, seq, own, None)
             self.begin(layer, batch, raw.dtype, raw.device)
-            self._store(layer, k, v, seq, own)
+            self._store(layer, k, v, seq, own, seen)
         else:
             y = self._attend(q, k, v, seq, self._places(x, seq, state["length"]), state)
-            self._store(layer, k, v, seq, own)
+            self._store(layer, k, v, seq, own, seen)
         layer.write(new)
         return self._output(y.flatten(2))
+
+    def begin(
+        self,
+        layer: RecurrentLayer,
+        batch: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        make: Callable[..., Tensor] = torch.zeros,
+    ) -> None:
+        """Put the state before a first token into the cache layer."""
+        assert isinstance(layer, KVLayer)
+        layer.window = self.window
+        super().begin(layer, batch, dtype, device, make)
 
     def _places(self, x: Tensor, seq: SequenceInfo, seen: Tensor | None) -> Places:
         return places(seq, x.shape[1], self.window, x.device, seen)
@@ -290,10 +303,15 @@ class AttentionMixer(Mixer):
         whole = y.new_zeros(q.shape[0] * q.shape[1], *y.shape[2:])
         return whole.index_put((layout.queries,), y[0]).view(q.shape)
 
-    def _store(self, layer: KVLayer, k: Tensor, v: Tensor, seq: SequenceInfo, own: Places) -> None:
-        """Keys and values (B, T, G, d) of the real tokens of each row's last document."""
+    def _store(
+        self, layer: KVLayer, k: Tensor, v: Tensor, seq: SequenceInfo, own: Places, columns: int
+    ) -> None:
+        """Keep k, v (B, T, G, d) of the real tokens of each row's last document.
+
+        `columns` tokens, pads included, came in before.
+        """
         batch, length = k.shape[:2]
-        layer.make_room(length)
+        layer.make_room(length, columns)
         slots, seen = layer.slots, layer.state["length"]
         used = min(length, slots)
         if seq.mask is None and seq.seq_idx is None:

@@ -1,6 +1,7 @@
 """What every sublayer and sequence mixer is, and the projections that the Mamba mixers share."""
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -98,11 +99,18 @@ class Mixer(Sublayer):
         raise NotImplementedError
 
     def begin(
-        self, layer: RecurrentLayer, batch: int, dtype: torch.dtype, device: torch.device
+        self,
+        layer: RecurrentLayer,
+        batch: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        make: Callable[..., Tensor] = torch.zeros,
     ) -> None:
-        """Put the state before a first token into the cache layer, for activations of `dtype`."""
-        shapes = self.state_shapes(batch)
-        layer.begin(shapes, self._kept_dtypes(layer, dtype), device)
+        """Put the state before a first token into the cache layer, for activations of `dtype`.
+
+        It consists of zeros; a caller that fills them in itself gives another `make`.
+        """
+        layer.begin(self.state_shapes(batch), self._kept_dtypes(layer, dtype), device, make)
 
     def _kept_dtypes(self, layer: RecurrentLayer, dtype: torch.dtype) -> dict[str, torch.dtype]:
         wide = torch.promote_types(dtype, torch.float32)

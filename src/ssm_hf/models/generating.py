@@ -9,7 +9,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ssm_hf.cache import RecurrentCache, kept_dtype
+from ssm_hf.cache import RecurrentCache
 from ssm_hf.generation import (
     Piece,
     Request,
@@ -23,10 +23,11 @@ from ssm_hf.generation import (
 )
 from ssm_hf.layers.mixer import Mixer, all_plain
 from ssm_hf.ops.norm_linear import few_rows, norm_linear
-from ssm_hf.ops.packing import compute_dtype
 from ssm_hf.sequence import SequenceInfo, check_ids
 
 _CACHES_THAT_ARE_OURS = (None, "dynamic", "static")
+# Tokens that a cache makes room for at once when steps are captured.
+_AHEAD = 1024
 # What a captured prompt may come with.
 _KNOWN = {
     "attention_mask",
@@ -168,6 +169,7 @@ class GeneratingMixin:
         request = _request(self, *options, synced_gpus, cache)
         visible = _outlives(generation_config, cache)
         with open_session(self, visible, not generation_config.disable_compile) as session:
+            _reserve(session, cache, input_ids, generation_config)
             if isinstance(request, str) or cache is None:
                 return super()._sample(*options, synced_gpus, streamer, **model_kwargs)  # pyright: ignore[reportAttributeAccessIssue]
             logits = self._prefill(input_ids, generation_config, model_kwargs).logits[:, -1]
@@ -188,7 +190,9 @@ class GeneratingMixin:
         """transformers' beam search over captured steps."""
         config, cache = kwargs.get("generation_config"), kwargs.get("past_key_values")
         visible = config is None or _outlives(config, cache)
-        with open_session(self, visible, not getattr(config, "disable_compile", False)):
+        capture = not getattr(config, "disable_compile", False)
+        with open_session(self, visible, capture) as session:
+            _reserve(session, cache, kwargs.get("input_ids", args[0] if args else None), config)
             return super()._beam_search(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _prefill(
@@ -227,7 +231,7 @@ class GeneratingMixin:
         batch, length = ids.shape
         if not length or cut(batch, length) is None or cache.batch_size not in (-1, batch):
             return None
-        if any(layer.record_past for layer in cache.layers):
+        if any(layer.record_past for layer in cache.stateful):
             return None
         positions = model_kwargs.get("position_ids")
         seq = SequenceInfo.from_inputs(
@@ -262,15 +266,9 @@ class GeneratingMixin:
             return
         for mixer in self.modules():
             if isinstance(mixer, Mixer):
+                weight = next(m.weight for m in mixer.modules() if isinstance(m, torch.nn.Linear))
                 layer = cache.layers[mixer.layer_idx]
-                weight: Any = mixer.in_proj.weight  # pyright: ignore[reportAttributeAccessIssue]
-                given, wide = weight.dtype, compute_dtype(weight)
-                layer.state = {
-                    name: weight.new_empty(
-                        shape, dtype=kept_dtype(name, given, wide, layer.state_dtype)
-                    )
-                    for name, shape in mixer.state_shapes(batch).items()
-                }
+                mixer.begin(layer, batch, weight.dtype, weight.device, torch.empty)
         states = [t for layer in cache.layers for t in layer.state.values()]
         torch._foreach_zero_(states)  # pyright: ignore[reportPrivateImportUsage]
 
@@ -378,6 +376,23 @@ def _new_tokens(input_ids: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
     if seen and (whole is None or whole.shape[1] == input_ids.shape[1]):
         return input_ids[:, seen:]
     return input_ids
+
+
+def _reserve(
+    session: Session,
+    cache: RecurrentCache | None,
+    input_ids: Tensor | None,
+    config: GenerationConfig | None,
+) -> None:
+    """Room in the cache for what is asked for, so that few captures of growing size are made.
+
+    Of a long output only the beginning is prepared: it may end early.
+    """
+    if not session.captures or cache is None or input_ids is None:
+        return
+    ahead = cache.seen_tokens + input_ids.shape[1] + _AHEAD
+    longest = None if config is None else config.max_length
+    cache.reserve(ahead if longest is None else min(ahead, longest))
 
 
 def _outlives(config: GenerationConfig, cache: Any) -> bool:
