@@ -14,14 +14,9 @@ from ssm_hf.ops.causal_conv1d.kernels import (
 )
 from ssm_hf.ops.launch import KERNEL_DTYPES, call, check_tensors, common_unit, on_device, tuned
 
-# From so many elements on there are enough long pieces of the rows to fill a GPU.
-_LARGE = 1 << 25
 
-
-def _options(kernel: str, x: Tensor, **constants: Any) -> dict[str, Any]:
-    options: dict[str, Any] = dict(
-        tuned(kernel, "large" if x.numel() >= _LARGE else "small", x.device)
-    )
+def _options(kernel: str, x: Tensor, packed: bool, **constants: Any) -> dict[str, Any]:
+    options: dict[str, Any] = dict(tuned(kernel, "packed" if packed else "default", x.device))
     block = 1 << (x.shape[2] - 1).bit_length()
     options["BLOCK_C"] = max(min(options["BLOCK_C"], block), 16)
     return {**options, **constants}
@@ -77,7 +72,9 @@ def _forward(
     batch, length, channels = x.shape
     x, weight = _rows(x), weight.contiguous()
     unit, strides = _strides(x)
-    options = _options("causal_conv1d_fwd", x, SILU=silu, TAPS=weight.shape[1], UNIT=unit)
+    options = _options(
+        "causal_conv1d_fwd", x, numbers is not None, SILU=silu, TAPS=weight.shape[1], UNIT=unit
+    )
     documents = 1 if offsets is None else offsets.numel() - 1
     programs = -(-length // (options["SEGMENTS"] * options["ROWS"] * options["STEPS"]))
     if final.numel():
@@ -184,7 +181,7 @@ def gradients_into(
     taps = weight.shape[1]
     x, dy, weight = _rows(x), _rows(dy), weight.contiguous()
     unit, strides = _strides(dy, x, dx)
-    options = _options("causal_conv1d_bwd", x, SILU=silu, TAPS=taps, UNIT=unit)
+    options = _options("causal_conv1d_bwd", x, numbers is not None, SILU=silu, TAPS=taps, UNIT=unit)
     documents = 1 if offsets is None else offsets.numel() - 1
     pieces = -(-length // (options["SEGMENTS"] * options["ROWS"] * options["STEPS"]))
     programs = pieces + (-(-documents // options["SEGMENTS"]) if dstate.numel() else 0)

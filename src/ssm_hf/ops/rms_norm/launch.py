@@ -22,10 +22,12 @@ from ssm_hf.ops.rms_norm.kernels import (
 
 # The widest group that is read once; it lies in the registers of one program.
 _WIDEST_BLOCK = 16384
-# Backwards a tile is cut into at most so many parts of at least so many columns, where that leaves
+# A tile may be cut into at most so many parts of at least so many columns, where that leaves
 # no gap: 3 parts of 256 for a width of 768, for which one block would have 1024 columns.
 _MOST_PARTS = 8
 _LEAST_PART = 128
+# Bytes of the tiles that are fetched ahead backwards: sm80 gives a program 163 KiB.
+_MOST_AHEAD = 150 * 1024
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -194,6 +196,10 @@ def gradients_into(
         UNIT=unit,
     )
     options["BLOCK"], options["PARTS"] = _parts(options["BLOCK"], group_size)
+    inputs = [dy, h, *(t for t in (dtotal, gate) if t is not None)]
+    tile = options["ROWS"] * options["BLOCK"] * options["PARTS"]
+    if (options["STAGES"] - 1) * tile * sum(t.itemsize for t in inputs) > _MOST_AHEAD:
+        options["STAGES"] = 1
     # As many programs as run at once; each adds up its rows' share of dweight.
     programs = max(options.pop("PROGRAMS") * processors(dy.device) // groups, 1)
     programs = min(programs, -(-rows // options["ROWS"]))
