@@ -303,19 +303,31 @@ def first_step(model: str) -> dict[str, float]:
 TUNED = ("mamba_ssm", "fla")
 
 
-def start_compilers(names: list[str], processes: int) -> list[subprocess.Popen[bytes]]:
+def start_compilers(arguments: argparse.Namespace) -> list[subprocess.Popen[bytes]]:
     """Processes that compile the candidates of the peers' autotuners, a part each."""
-    tuned = [name for name in names if name.startswith(TUNED)]
-    command = [sys.executable, "-m", "benchmarks.training", "--peers", *tuned, "--compile-part"]
-    parts = range(processes if tuned else 0)
+    tuned = [name for name in arguments.peers if name.startswith(TUNED)]
+    command = [
+        *(sys.executable, "-m", "benchmarks.training", "--peers", *tuned),
+        *("--batch", str(arguments.batch), "--length", str(arguments.length)),
+        *("--peer-choices", str(arguments.peer_choices), "--compile-part"),
+    ]
+    parts = [str(part) for part in range(arguments.processes if tuned else 0)]
     return [
-        subprocess.Popen([*command, str(part), str(processes)], cwd=common.ROOT) for part in parts
+        subprocess.Popen([*command, part, str(arguments.processes)], cwd=common.ROOT)
+        for part in parts
     ]
 
 
-def compile_part(names: list[str], part: int, parts: int, choices: Path) -> None:
-    """Compile every `parts`-th candidate of these peers' training pass."""
-    ids = torch.randint(3, 50280, (1, 2048), device="cuda")
+def compile_part(
+    names: list[str], part: int, parts: int, choices: Path, batch: int, length: int
+) -> None:
+    """Compile every `parts`-th candidate of these peers' training pass.
+
+    Triton compiles anew for sizes that are 1 and for those that 16 divides, so that of a larger
+    batch the smallest one of its kind will do.
+    """
+    rows = batch if batch == 1 else 16 if batch % 16 == 0 else 2
+    ids = torch.randint(3, 50280, (rows, length), device="cuda")
     built = [PEERS[name.partition(":")[0]]() for name in names]
     Autotuners(choices).compile_only(part, parts)
     for _, loss in built:
@@ -359,9 +371,12 @@ def main() -> None:
     arguments = parser.parse_args()
     ssm_hf.register(override=True)
     if arguments.compile_part is not None:
-        compile_part(arguments.peers, *arguments.compile_part, arguments.peer_choices)
+        compile_part(
+            arguments.peers, *arguments.compile_part, arguments.peer_choices, arguments.batch,
+            arguments.length,
+        )  # fmt: skip
         return
-    compilers = start_compilers(arguments.peers, arguments.processes)
+    compilers = start_compilers(arguments)
 
     def keep(case: str, provider: str, values: dict[str, float], **details: Any) -> None:
         result = common.record("training", case, provider, values, **details)
