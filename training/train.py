@@ -136,8 +136,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     accelerator.end_training()
 
 
-# Every process holds all parameters.
-WHOLE_MODELS = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+def is_whole(accelerator: Accelerator) -> bool:
+    """Whether every process holds all parameters."""
+    kinds = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+    return accelerator.distributed_type in kinds
 
 
 class Run(NamedTuple):
@@ -190,7 +192,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
 def how_to_run(config: TrainConfig, accelerator: Accelerator) -> str:
     """`model.execution`, with "auto" decided."""
     execution = config.model.execution
-    can_graph = accelerator.device.type == "cuda" and accelerator.distributed_type in WHOLE_MODELS
+    can_graph = accelerator.device.type == "cuda" and is_whole(accelerator)
     if execution == "graph" and not can_graph:
         raise ValueError(
             'model.execution is "graph", which needs CUDA devices that each hold the whole model, '
@@ -415,7 +417,7 @@ def step_if_finite(run: Run, finite: Tensor) -> None:
     """Update the parameters where `finite` () is True, else leave them and the moments alone."""
     optimizer: Any = run.optimizer
     is_fused = all(group.get("fused") for group in optimizer.param_groups)
-    if is_fused and run.accelerator.distributed_type in WHOLE_MODELS:
+    if is_fused and is_whole(run.accelerator):
         # What gradient scaling uses to drop a step: the fused update reads it on the device, so the
         # host need not wait for the backward pass.
         optimizer.optimizer.found_inf = 1 - finite.float()
@@ -429,7 +431,11 @@ def evaluate(run: Run, state: TrainerState) -> float | None:
     bits_per_byte = None
     if run.eval_loader is not None and run.data.evaluation is not None:
         n_bytes = run.data.evaluation.n_bytes
-        values = heldout_loss(run.model, run.eval_loader, n_bytes, run.accelerator)
+        model = run.model
+        if run.config.model.execution == "compile" and is_whole(run.accelerator):
+            # Compiling without gradients, and for the last rows, takes longer than it saves.
+            model = run.accelerator.unwrap_model(model, keep_torch_compile=False)
+        values = heldout_loss(model, run.eval_loader, n_bytes, run.accelerator)
         bits_per_byte = values["heldout_bits_per_byte"]
         run.log.write("eval", state.step, tokens=state.tokens, **values)
         run.log.say(f"step {state.step}: held-out {bits_per_byte:.4f} bits per byte")
