@@ -131,7 +131,10 @@ def mamba3_scan(
         x, dt, A, trap, B, C, angles, D, z, B_bias, C_bias, mimo_x, mimo_z, mimo_o, dt_bias,
         dt_softplus, rope_layout, initial_state, seq_idx, cu_seqlens, mask, chunk_size,
     )  # fmt: skip
-    return (y, state) if return_final_state else y
+    if not return_final_state:
+        return y
+    assert state is not None
+    return y, state
 
 
 def _check(

@@ -1,18 +1,18 @@
 """Triton kernels of Mamba-3's scan: preparation of tokens, angles, states of chunks, forward pass.
 
-With b_t = (1 - lambda_t) Δ_t and s_t = lambda_t Δ_t + b of the next token, Mamba-3 is Mamba-2's scan
-of inputs s_t x_t, but that a token reaches itself with gamma_t = lambda_t Δ_t in place of s_t. What
-b, padding and the bounds of documents come to is worked out once, by `mamba3_prepare_kernel`; the
-other kernels see numbers of tokens.
+With b_t = (1 - lambda_t) Δ_t and s_t = lambda_t Δ_t + b of the next token, Mamba-3 is Mamba-2's
+scan of inputs s_t x_t, but that a token reaches itself with gamma_t = lambda_t Δ_t in place of s_t.
+What b, padding and the bounds of documents come to is worked out once, by `mamba3_prepare_kernel`;
+the other kernels see numbers of tokens.
 
-A chunk has Q tokens and ROWS = Q * RANKS rows (t, r), rank by rank inside a token; RANKS is the MIMO
-rank rounded up to a power of two, rows beyond the rank are zero. Queries and keys lie in two tiles,
-the two halves of every rotated pair, of W columns each. They are rotated in registers. Angles are
-counted in turns, from the start of the row: documents do not reset them, since only differences
-within a document matter.
+A chunk has Q tokens and ROWS = Q * RANKS rows (t, r), rank by rank inside a token; RANKS is the
+MIMO rank rounded up to a power of two, rows beyond the rank are zero. Queries and keys lie in two
+tiles, the two halves of every rotated pair, of W columns each. They are rotated in registers.
+Angles are counted in turns, from the start of the row: documents do not reset them, since only
+differences within a document matter.
 
 Chunks of all rows are numbered through by v. Rows are batch rows, or with `cu_seqlens` (VARLEN)
-documents: row r then has tokens cu[r]..cu[r + 1] of one long row, and chunks first[r]..first[r + 1].
+documents: row r then has tokens cu[r]..cu[r + 1] of one long row, and chunks first[r]..first[r+1].
 """
 
 import triton

@@ -16,7 +16,6 @@ from ssm_hf.ops.mamba3_scan.kernels import (
 from ssm_hf.ops.ssd.kernels import load_tile, place_of_chunk, store_tile
 
 TWO_PI = tl.constexpr(6.283185307179586)
-PI = tl.constexpr(3.141592653589793)
 
 
 @triton.jit
@@ -32,7 +31,7 @@ def of_tokens(value, Q: tl.constexpr, RANKS: tl.constexpr):
 def store_ranks(
     to, stride, value, n, n_in, ranks, Q: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """Sums over a chunk's tokens of (ROWS, COLUMNS), one row for each rank, at to + r stride + n."""
+    """Sums over a chunk's tokens of (ROWS, COLUMNS), a row for each rank, at to + r stride + n."""
     if RANKS == 1:
         tl.store(to + n, tl.sum(value, axis=0), mask=n_in)
     else:

@@ -132,6 +132,21 @@ def sum_of_parts(
 
 
 @triton.jit
+def sum_of_turns(
+    dturns_ptr, turns_ptr, dangle_ptr, row, s, tokens, angles, turns_part, PARTS: tl.constexpr,
+    W: tl.constexpr,
+):  # fmt: skip
+    """Rows of dturns (PARTS, B T, W) -> gradients of the angles (B T, S)."""
+    inside = (row < tokens) & (s < angles)
+    total = tl.load(dturns_ptr + row * W + s, mask=inside, other=0.0)
+    for k in range(1, PARTS):
+        total += tl.load(dturns_ptr + k * turns_part + row * W + s, mask=inside, other=0.0)
+    half = tl.load(turns_ptr + row * W + s, mask=inside, other=0.0)
+    total *= PI * (1.0 - 4.0 * half * half)
+    tl.store(dangle_ptr + row * angles + s, total.to(dangle_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def mamba3_sum_kernel(
     dB_parts_ptr, dC_parts_ptr, dturns_ptr, turns_ptr, dB_ptr, dC_ptr, dangle_ptr,
     tokens, length, groups, ranks, states, angles, part, turns_part,
@@ -148,18 +163,13 @@ def mamba3_sum_kernel(
     if pid < blocks:
         row = (pid * ROWS + i).to(tl.int64)[:, None]
         n = tl.arange(0, COLUMNS)[None, :]
-        inside = (row < all_rows) & (n < states)
-        sum_of_parts(dB_parts_ptr, dB_ptr, row, n, inside, part, length, groups, ranks, states,
+        of_states = (row < all_rows) & (n < states)
+        sum_of_parts(dB_parts_ptr, dB_ptr, row, n, of_states, part, length, groups, ranks, states,
                      angles, PAIRWISE, PARTS, RANKS, W)  # fmt: skip
-        sum_of_parts(dC_parts_ptr, dC_ptr, row, n, inside, part, length, groups, ranks, states,
+        sum_of_parts(dC_parts_ptr, dC_ptr, row, n, of_states, part, length, groups, ranks, states,
                      angles, PAIRWISE, PARTS, RANKS, W)  # fmt: skip
     elif dangle_ptr is not None:
-        row = ((pid - blocks) * ROWS + i).to(tl.int64)[:, None]
+        token = ((pid - blocks) * ROWS + i).to(tl.int64)[:, None]
         s = tl.arange(0, BLOCK_S)[None, :]
-        inside = (row < tokens) & (s < angles)
-        total = tl.load(dturns_ptr + row * W + s, mask=inside, other=0.0)
-        for k in range(1, TURNS_PARTS):
-            total += tl.load(dturns_ptr + k * turns_part + row * W + s, mask=inside, other=0.0)
-        half = tl.load(turns_ptr + row * W + s, mask=inside, other=0.0)
-        total *= PI * (1.0 - 4.0 * half * half)
-        tl.store(dangle_ptr + row * angles + s, total.to(dangle_ptr.dtype.element_ty), mask=inside)
+        sum_of_turns(dturns_ptr, turns_ptr, dangle_ptr, token, s, tokens, angles, turns_part,
+                     TURNS_PARTS, W)  # fmt: skip

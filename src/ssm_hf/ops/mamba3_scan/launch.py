@@ -24,7 +24,7 @@ from ssm_hf.ops.mamba3_scan.kernels import (
 )
 from ssm_hf.ops.mamba3_scan.kernels_bwd import mamba3_bwd_kernel
 from ssm_hf.ops.mamba3_scan.kernels_sum import mamba3_prepare_bwd_kernel, mamba3_sum_kernel
-from ssm_hf.ops.mamba3_scan.reference import Mamba3State, keys, wrap
+from ssm_hf.ops.mamba3_scan.reference import Mamba3State, keys
 from ssm_hf.ops.packing import document_numbers, next_real, previous_real
 from ssm_hf.ops.step_size import step_size
 
@@ -299,7 +299,7 @@ def _prepare(k: _Launch, t: _Inputs, marks: _Marks, softplus: bool, pairwise: bo
         if before is not None:
             _phase_kernel[grid](before_sums, entry, None, before, *k.tables[:2], *shared, **kinds)
             # The row's first document starts from the row's own angle.
-            assert before is not None and marks.last is not None
+            assert marks.last is not None
             before = before * (marks.last > 0)[:, None, None]
     slots = _slots(k, pairwise)
     return _Prepared(
@@ -329,7 +329,7 @@ def _states(
     entries: tuple[Tensor | None, Tensor | None],
     options: dict[str, Any],
 ) -> None:
-    """Launch `mamba3_states_kernel`: totals of segments if `outputs` is empty, else exact states."""
+    """Launch `mamba3_states_kernel`: totals of segments if `outputs` is empty, else states."""
     find_totals = outputs[0] is None
     walked = segments - 1 if find_totals else segments
     blocks = -(-k.head_dim // options["BLOCK_P"])
@@ -427,7 +427,7 @@ def _forward(
     pairwise: bool,
     keep_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, and with `keep_state` S (rows, H, P, N) and the angle (rows, H, S) behind the last token."""
+    """y; with `keep_state` also S (rows, H, P, N) and angle (rows, H, S) after the last token."""
     t = _plain(
         _Inputs(x, dt, A, trap, B, C, angles, D, z, B_bias, C_bias, mimo_x, mimo_z, mimo_o,
                 dt_bias, entry, phase)
