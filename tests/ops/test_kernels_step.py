@@ -192,6 +192,7 @@ LINEAR = {
     "norm": {"norm": True},
     "groups": {"norm": True, "group_size": 75},
     "residual": {"norm": True, "residual": True},
+    "gated": {"gated": True, "residual": True},
     "conv": {"norm": True, "conv": True, "bias": True},
 }
 
@@ -204,8 +205,9 @@ def test_norm_linear_equals_torch(
     if walked:
         monkeypatch.setattr(linear_launch, "_WALKED", 1)
     size, outputs, channels = 300, 37, 21
-    tensors = {"x": _draw(rows, size), "weight": _draw(outputs, size)}
-    options = {"eps": 1e-5, "group_size": case.get("group_size")}
+    gated = case.get("gated", False)
+    tensors = {"x": _draw(rows, size * (1 + gated)), "weight": _draw(outputs, size)}
+    options = {"eps": 1e-5, "group_size": case.get("group_size"), "gated": gated}
     if case.get("bias"):
         tensors["bias"] = _draw(outputs)
     if case.get("norm"):

@@ -14,6 +14,7 @@ from ssm_hf.layers.linear import Linear
 from ssm_hf.layers.mixer import (
     Initialization,
     Mixer,
+    norm_and_in_proj,
     recorded_mask,
     reset_linear,
     reset_out_proj,
@@ -176,7 +177,20 @@ class Mamba3Mixer(Mixer):
         self, x: Tensor, seq: SequenceInfo, past_key_values: RecurrentCache | None = None
     ) -> Tensor:
         """Mix x (B, T, D); with a cache, continue from its state and update it."""
-        z, hidden, B, C, dt, a, trap, angles = self.in_proj(x).split(self.sizes, dim=-1)
+        return self._rest(self.in_proj(x), seq, past_key_values)
+
+    def residual_pass(
+        self, update: Tensor, stream: Tensor | None, norm: nn.Module, seq: SequenceInfo
+    ) -> tuple[Tensor, Tensor] | None:
+        """Norm and in_proj as one operator, and everything after it."""
+        projected = norm_and_in_proj(update, stream, norm, self.in_proj)
+        return (self._rest(projected[0], seq, None), projected[1]) if projected else None
+
+    def _rest(
+        self, proj: Tensor, seq: SequenceInfo, past_key_values: RecurrentCache | None
+    ) -> Tensor:
+        """Everything after in_proj."""
+        z, hidden, B, C, dt, a, trap, angles = proj.split(self.sizes, dim=-1)
         layer, state = self._layer(past_key_values, hidden)
         z, hidden = (v.unflatten(-1, (self.num_heads, self.head_dim)) for v in (z, hidden))
         grouped = (self.mimo_rank, self.n_groups, self.state_size)
@@ -215,7 +229,7 @@ class Mamba3Mixer(Mixer):
             y = self._norm_and_gate(y, z)
         if layer is not None and final is not None:
             if layer.record_past:
-                inputs = {"x": hidden, "B": B, "A": A, "mask": recorded_mask(seq, x)}
+                inputs = {"x": hidden, "B": B, "A": A, "mask": recorded_mask(seq, proj)}
                 inputs["dt"] = step_size(dt, self.dt_bias, True, (0.0, float("inf")), None)
                 inputs |= {} if some_trap is None else {"trap": trap}
                 inputs |= {} if some_angles is None else {"angles": angles}

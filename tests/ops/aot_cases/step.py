@@ -58,6 +58,8 @@ def aot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         norm_linear(torch.empty(rows, 768), _bf16(3352, 768), **conv, **norm, conv_first=1536)
         norm_linear(torch.empty(rows, 768), _bf16(768, 768), residual=torch.empty(rows, 768),
                     **norm)  # fmt: skip
+        norm_linear(torch.empty(rows, 3072), _bf16(768, 1536), gated=True,
+                    residual=torch.empty(rows, 768), impl="triton")  # fmt: skip
 
     yield "norm_linear-1", lambda: linear(1)
     row, head = torch.empty(1, 1024), _bf16(10000, 1024)

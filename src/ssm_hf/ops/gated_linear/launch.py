@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssm_hf.ops.gated_linear.kernels import gated_bwd_kernel, gated_fwd_kernel
-from ssm_hf.ops.launch import KERNEL_DTYPES, check_tensors, on_device, tuned
+from ssm_hf.ops.launch import KERNEL_DTYPES, call, check_tensors, on_device, tuned
 from ssm_hf.ops.product import product_into
 
 
@@ -83,4 +83,4 @@ _forward.register_autograd(_gradients, setup_context=_setup)
 def gated_linear_triton(u: Tensor, weight: Tensor) -> Tensor:
     """See `ssm_hf.ops.gated_linear`."""
     check_tensors("gated_linear", KERNEL_DTYPES, u=u, weight=weight)
-    return _forward(u, weight)
+    return call(_forward, u, weight)

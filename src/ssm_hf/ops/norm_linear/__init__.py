@@ -38,6 +38,7 @@ def norm_linear(
     norm_weight: Tensor | None = None,
     eps: float = 0.0,
     group_size: int | None = None,
+    gated: bool = False,
     residual: Tensor | None = None,
     conv_state: Tensor | None = None,
     conv_weight: Tensor | None = None,
@@ -50,12 +51,13 @@ def norm_linear(
     """residual + conv(weight norm(x) + bias), every part but the product optional.
 
     Args:
-        x: (B, K), any float dtype.
+        x: (B, K), any float dtype; (B, 2 K) if it is gated.
         weight: (O, K).
         bias: (O,) or None.
         norm_weight: (K,) of an RMS norm of x, or None.
         eps: of the norm.
         group_size: width of the groups that are normalised on their own; None = K.
+        gated: x is [value | gate], and value * silu(gate) stands in its place.
         residual: (B, O), added at the end, or None.
         conv_state: (B, taps-1, C), window of a causal depthwise convolution with silu over the
             outputs `conv_first` to `conv_first + C`; updated in place. None = no convolution.
@@ -74,12 +76,12 @@ def norm_linear(
         ValueError: shapes disagree.
         ImplementationUnavailableError: `impl="triton"` cannot run.
     """
-    if x.ndim != 2 or weight.ndim != 2 or weight.shape[1] != x.shape[1]:
+    if x.ndim != 2 or weight.ndim != 2 or (1 + gated) * weight.shape[1] != x.shape[1]:
         raise ValueError(
-            "x must have shape (B, K) and weight (O, K), "
+            f"x must have shape (B, {'2 ' * gated}K) and weight (O, K), "
             f"got {tuple(x.shape)} and {tuple(weight.shape)}"
         )
-    (rows, size), outputs = x.shape, weight.shape[0]
+    rows, (outputs, size) = x.shape[0], weight.shape
     for name, value, shape in (
         ("bias", bias, (outputs,)),
         ("norm_weight", norm_weight, (size,)),
@@ -124,6 +126,7 @@ def norm_linear(
         norm_weight,
         eps,
         group_size or size,
+        gated,
         residual,
         conv_state,
         conv_weight,

@@ -16,6 +16,7 @@ def norm_linear_kernel(
     SIZE_IN: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     NORM: tl.constexpr,
+    GATED: tl.constexpr,  # x is [value | gate] and stands for value * silu(gate)
     HAS_BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     TAPS: tl.constexpr,  # 0: no convolution
@@ -68,6 +69,9 @@ def norm_linear_kernel(
                 i = group * GROUP_SIZE + part * BLOCK_K + k
                 i_inside = part * BLOCK_K + k < GROUP_SIZE
                 x = tl.load(x_ptr + b * stride_x + i, mask=i_inside, other=0.0).to(tl.float32)
+                if GATED:
+                    gate = tl.load(x_ptr + b * stride_x + SIZE_IN + i, mask=i_inside, other=0.0)
+                    x *= silu(gate.to(tl.float32))
                 if NORM:
                     squares += x * x
                     scale = tl.load(norm_weight_ptr + i, mask=i_inside, other=0.0)
@@ -99,6 +103,7 @@ def norm_linear_walk_kernel(
     SIZE_IN: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     NORM: tl.constexpr,
+    GATED: tl.constexpr,  # x is [value | gate] and stands for value * silu(gate)
     HAS_BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     TAPS: tl.constexpr,  # 0: no convolution
@@ -130,6 +135,9 @@ def norm_linear_walk_kernel(
                 i = group * GROUP_SIZE + part * BLOCK_K + k
                 i_inside = part * BLOCK_K + k < GROUP_SIZE
                 x = tl.load(x_ptr + b * stride_x + i, mask=i_inside, other=0.0).to(tl.float32)
+                if GATED:
+                    gate = tl.load(x_ptr + b * stride_x + SIZE_IN + i, mask=i_inside, other=0.0)
+                    x *= silu(gate.to(tl.float32))
                 if NORM:
                     squares += x * x
                     scale = tl.load(norm_weight_ptr + i, mask=i_inside, other=0.0)

@@ -24,6 +24,7 @@ def norm_linear_triton(
     norm_weight: Tensor | None,
     eps: float,
     group_size: int,
+    gated: bool,
     residual: Tensor | None,
     conv_state: Tensor | None,
     conv_weight: Tensor | None,
@@ -47,7 +48,7 @@ def norm_linear_triton(
     )
     x, weight = _rows(x), _rows(weight)
     residual = None if residual is None else _rows(residual)
-    (rows, size), outputs = x.shape, weight.shape[0]
+    rows, (outputs, size) = x.shape[0], weight.shape
     out = x.new_empty(rows, outputs, dtype=out_dtype)
     taps = 0
     if conv_state is not None and conv_weight is not None:
@@ -84,6 +85,7 @@ def norm_linear_triton(
             SIZE_IN=size,
             GROUP_SIZE=group_size,
             NORM=norm_weight is not None,
+            GATED=gated,
             HAS_BIAS=bias is not None,
             RESIDUAL=residual is not None,
             TAPS=taps,
@@ -102,6 +104,7 @@ def _(
     norm_weight: Tensor | None,
     eps: float,
     group_size: int,
+    gated: bool,
     residual: Tensor | None,
     conv_state: Tensor | None,
     conv_weight: Tensor | None,

@@ -16,6 +16,7 @@ def norm_linear_torch(
     norm_weight: Tensor | None,
     eps: float,
     group_size: int,
+    gated: bool,
     residual: Tensor | None,
     conv_state: Tensor | None,
     conv_weight: Tensor | None,
@@ -28,6 +29,9 @@ def norm_linear_torch(
     del overlap
     dtype = compute_dtype(x, weight)
     x = x.to(dtype)
+    if gated:
+        value, gate = x.chunk(2, dim=-1)
+        x = value * F.silu(gate)
     if norm_weight is not None:
         x = rms_norm_torch(x, norm_weight, eps, None, group_size, False)
     y = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
