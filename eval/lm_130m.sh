@@ -63,14 +63,14 @@ evaluate() {
 speed() {
   "$python" -m eval.run --model "$runs/$1/final" --suite configs/eval/lm-130m.yaml \
     --variables.data "$data" --output "$runs/$1/speed" --samples "$runs/$1/report/samples" \
-    --perplexity null --length null --lm_eval null --ruler null --consistency null \
-    --generate null "${eval_options[@]}"
+    "${eval_options[@]}" --perplexity null --length null --lm_eval null --ruler null \
+    --consistency null --generate null
 }
 
 after() {
   "$python" -m eval.run --model "$runs/$1-needles/final" --suite configs/eval/lm-130m.yaml \
-    --variables.data "$data" --output "$runs/$1-needles/report" --length null --lm_eval null \
-    --consistency null --efficiency null --generate null "${eval_options[@]}"
+    --variables.data "$data" --output "$runs/$1-needles/report" "${eval_options[@]}" \
+    --length null --lm_eval null --consistency null --efficiency null --generate null
 }
 
 report() {
