@@ -371,10 +371,9 @@ def main() -> None:
     arguments = parser.parse_args()
     ssm_hf.register(override=True)
     if arguments.compile_part is not None:
-        compile_part(
-            arguments.peers, *arguments.compile_part, arguments.peer_choices, arguments.batch,
-            arguments.length,
-        )  # fmt: skip
+        part, parts = arguments.compile_part
+        shape = arguments.batch, arguments.length
+        compile_part(arguments.peers, part, parts, arguments.peer_choices, *shape)
         return
     compilers = start_compilers(arguments)
 
