@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssm_hf import ops
+from ssm_hf.ops.moe import moe_experts, moe_route
 from ssm_hf.ops.ssd.step import mamba2_step
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -277,6 +278,40 @@ def _update_work(s: Shape, item: int, backward: bool) -> Work:
     return Work(s["B"] * (2 * s["H"] * s["P"] * s["N"] * 4 + small * item))
 
 
+def _draw_experts(s: Shape, dtype: torch.dtype) -> Inputs:
+    """Tokens sent by a router at initialisation: loads differ by a few percent."""
+    B, T, D, I, E, k = (s[key] for key in "BTDIEk")
+    x = _normal(B, T, D, dtype=dtype)
+    routing = moe_route(F.linear(x, _normal(E, D, dtype=dtype, scale=D**-0.5)), k)
+    return {
+        "x": x,
+        "experts": routing.experts,
+        "weights": routing.weights.detach(),
+        "w_in": _normal(E, 2 * I, D, dtype=dtype, scale=D**-0.5),
+        "w_out": _normal(E, D, I, dtype=dtype, scale=I**-0.5),
+    }
+
+
+def _experts_work(s: Shape, item: int, backward: bool) -> Work:
+    """Three products a slot, and two more for the gradients of each; all weights once."""
+    B, T, D, I, E, k = (s[key] for key in "BTDIEk")
+    times = 3 if backward else 1
+    moved = (2 * B * T * D + 3 * E * I * D) * item * times
+    return Work(moved, 2 * B * T * k * 3 * D * I * times * (1 if item == 2 else 6))
+
+
+def _draw_route(s: Shape, dtype: torch.dtype) -> Inputs:
+    return {"logits": _normal(s["B"], s["T"], s["E"], dtype=dtype), "top_k": s["k"]}
+
+
+def _route_work(s: Shape, item: int, backward: bool) -> Work:
+    """Logits in, weights and numbers out; with gradients once more, and the logits' gradient."""
+    moved = s["E"] * item + s["k"] * 12
+    if backward:
+        moved += 2 * s["E"] * item + s["k"] * 12
+    return Work(s["B"] * s["T"] * moved)
+
+
 def _forward(op: Callable[..., Any], **options: Any) -> Callable[[Inputs, str], Any]:
     return lambda inputs, impl: op(**inputs, **options, impl=impl)
 
@@ -337,6 +372,20 @@ OPERATORS = {
         ("projected",),
         ("projected", "conv_weight", "conv_bias", "A", "D", "dt_bias", "norm_weight", "out_weight"),
     ),
+    "moe_experts": Operator(
+        _draw_experts,
+        _forward(moe_experts),
+        _experts_work,
+        ("x", "experts", "weights"),
+        ("x", "weights", "w_in", "w_out"),
+    ),
+    "moe_route": Operator(
+        _draw_route,
+        lambda inputs, impl: moe_route(**inputs, impl=impl).weights,
+        _route_work,
+        ("logits",),
+        ("logits",),
+    ),
     "ssd_update": Operator(_draw_update, _update, _update_work, ("proj", "state"), ()),
 }
 
@@ -378,6 +427,14 @@ GRID: list[tuple[str, str, Shape, torch.dtype]] = [
     ("loss-130m", "linear_cross_entropy", {"B": 8, "T": 2048, "D": 768, "V": 50288}, BF16),
     ("loss-2.7b", "linear_cross_entropy", {"B": 4, "T": 2048, "D": 2560, "V": 50288}, BF16),
 ]
+GRID += [
+    ("moe-130m", "moe_experts", {"B": 8, "T": 2048, "D": 768, "I": 2048, "E": 16, "k": 2}, BF16),
+    ("moe-52b", "moe_experts", {"B": 8, "T": 2048, "D": 4096, "I": 14336, "E": 16, "k": 2}, BF16),
+    ("moe-step-52b", "moe_experts", {"B": 1, "T": 1, "D": 4096, "I": 14336, "E": 16, "k": 2}, BF16),
+    ("moe-batch-52b", "moe_experts", {"B": 32, "T": 1, "D": 4096, "I": 14336, "E": 16, "k": 2},
+     BF16),
+    ("moe-route", "moe_route", {"B": 8, "T": 2048, "E": 16, "k": 2}, BF16),
+]  # fmt: skip
 # Time against length, one row.
 GRID += [
     (f"length-ssd-{T}", "ssd", _ssd(1, T, 64, 64, 128), BF16) for T in (1024, 4096, 16384, 65536)

@@ -235,6 +235,44 @@ def _update_mamba() -> Run:
     return run
 
 
+def _transformers_experts(w_in: Tensor, w_out: Tensor) -> Any:
+    """transformers' module of Jamba's experts, made without its constructor's weights."""
+    from transformers.models.jamba.modeling_jamba import JambaExperts
+
+    module = JambaExperts.__new__(JambaExperts)
+    torch.nn.Module.__init__(module)
+    module.num_experts, module.act_fn = w_in.shape[0], F.silu
+    # Plain tensors, so that gradients flow to the inputs themselves.
+    vars(module).update(gate_up_proj=w_in, down_proj=w_out, has_gate=True, has_bias=False,
+                        is_transposed=False, is_concatenated=True, has_post_expert_norm=False,
+                        _is_expert_parallel=False)  # fmt: skip
+    return module
+
+
+def _of_tokens(forward: Callable[..., Tensor]) -> Run:
+    def run(x, experts, weights, w_in, w_out):
+        module = _transformers_experts(w_in, w_out)
+        rows = (v.flatten(0, 1) for v in (x, experts, weights.to(x.dtype)))
+        return forward(module, *rows).view_as(x)
+
+    return run
+
+
+@_peer("moe_experts", "transformers, eager")
+def _experts_eager() -> Run:
+    from transformers.models.jamba.modeling_jamba import JambaExperts
+
+    # The decorator keeps the module's own loop as what it wraps.
+    return _of_tokens(JambaExperts.forward.__wrapped__)  # type: ignore[attr-defined]
+
+
+@_peer("moe_experts", "transformers, grouped_mm")
+def _experts_grouped() -> Run:
+    from transformers.integrations.moe import grouped_mm_experts_forward
+
+    return _of_tokens(grouped_mm_experts_forward)
+
+
 class Autotuners:
     """The peers' Triton autotuners: candidates are compiled in parallel and measured briefly.
 

@@ -5,8 +5,18 @@ called sorted have one row for each place in that order. Nothing is known to the
 bound of the number of tiles: programs find their expert themselves, and what is too many leaves.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+def described(matrices: Tensor, block: list[int]) -> Any:
+    """A descriptor of (..., rows, columns), stacked on one another, by which a program copies a
+    whole block at a time (Hopper's tensor memory accelerator)."""
+    return TensorDescriptor.from_tensor(matrices.view(-1, matrices.shape[-1]), block)
 
 
 @triton.jit
@@ -56,12 +66,12 @@ def moe_in_kernel(
     GATED: tl.constexpr, SILU: tl.constexpr, KEEP: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr, STAGES: tl.constexpr,
+    GROUP: tl.constexpr, STAGES: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """h (S, I) sorted = act(gate) * up, [gate | up] = w (E, 2 I, D) x of the slots' tokens.
 
     KEEP also writes pre (S, 2 I) sorted, what stands before the activation. Without GATED there is
-    no up.
+    no up. DESCRIBED: w is a descriptor of (E 2 I, D), with blocks (BLOCK_N, BLOCK_K).
     """
     expert, first, rows, m_start, n_tile = _share(
         totals_ptr, tiles_n, EXPERTS, BLOCK_E, BLOCK_M, GROUP
@@ -73,9 +83,11 @@ def moe_in_kernel(
         slot = tl.load(order_ptr + first + m, mask=m < rows, other=0)
         x_ptrs = x_ptr + (slot // TOP_K).to(tl.int64)[:, None] * stride_x + k[None, :]
         width = 2 * inner if GATED else inner
-        w_ptr += expert.to(tl.int64) * width * SIZE
-        w_ptrs = w_ptr + n[None, :] * SIZE + k[:, None]
+        w_row = expert * width + n_tile * BLOCK_N
         to_up = inner * SIZE
+        if not DESCRIBED:
+            w_ptr += expert.to(tl.int64) * width * SIZE
+            w_ptrs = w_ptr + n[None, :] * SIZE + k[:, None]
         gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in tl.range(0, SIZE, BLOCK_K, num_stages=STAGES):
@@ -83,14 +95,18 @@ def moe_in_kernel(
                 x = tl.load(x_ptrs + start)
             else:
                 x = tl.load(x_ptrs + start, mask=(k < SIZE - start)[None, :], other=0.0)
-            if EVEN_K and EVEN_N:
+            if DESCRIBED:
+                w = tl.trans(w_ptr.load([w_row, start]))
+            elif EVEN_K and EVEN_N:
                 w = tl.load(w_ptrs + start)
             else:
                 inside = (k < SIZE - start)[:, None] & (n < inner)[None, :]
                 w = tl.load(w_ptrs + start, mask=inside, other=0.0)
             gate = tl.dot(x, w, gate, input_precision=PRECISION)
             if GATED:
-                if EVEN_K and EVEN_N:
+                if DESCRIBED:
+                    v = tl.trans(w_ptr.load([w_row + inner, start]))
+                elif EVEN_K and EVEN_N:
                     v = tl.load(w_ptrs + to_up + start)
                 else:
                     v = tl.load(w_ptrs + to_up + start, mask=inside, other=0.0)
@@ -115,11 +131,12 @@ def moe_rows_kernel(
     TRANSPOSED: tl.constexpr, WEIGHTED: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr, STAGES: tl.constexpr,
+    GROUP: tl.constexpr, STAGES: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """out[slot] (S, columns) = weights[slot] * (a (S, SIZE) sorted times the expert's weights).
 
-    Those are w (E, columns, SIZE) where TRANSPOSED, else (E, SIZE, columns).
+    Those are w (E, columns, SIZE) where TRANSPOSED, else (E, SIZE, columns). DESCRIBED: a and w are
+    descriptors, of w as (E columns, SIZE) or (E SIZE, columns).
     """
     expert, first, rows, m_start, n_tile = _share(
         totals_ptr, tiles_n, EXPERTS, BLOCK_E, BLOCK_M, GROUP
@@ -128,23 +145,31 @@ def moe_rows_kernel(
         m = m_start + tl.arange(0, BLOCK_M)
         n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
         k = tl.arange(0, BLOCK_K)
-        # Rows behind the last are those of the next expert, or the last row again.
-        row = first + tl.minimum(m, rows - 1)
-        a_ptrs = a_ptr + row.to(tl.int64)[:, None] * SIZE + k[None, :]
-        w_ptr += expert.to(tl.int64) * columns * SIZE
-        if TRANSPOSED:
-            w_ptrs = w_ptr + n[None, :] * SIZE + k[:, None]
-            step = 1
-        else:
-            w_ptrs = w_ptr + k[:, None] * columns + n[None, :]
-            step = columns
+        if not DESCRIBED:
+            # Instead of rows behind the last, the last again.
+            row = first + tl.minimum(m, rows - 1)
+            a_ptrs = a_ptr + row.to(tl.int64)[:, None] * SIZE + k[None, :]
+            w_ptr += expert.to(tl.int64) * columns * SIZE
+            if TRANSPOSED:
+                w_ptrs = w_ptr + n[None, :] * SIZE + k[:, None]
+                step = 1
+            else:
+                w_ptrs = w_ptr + k[:, None] * columns + n[None, :]
+                step = columns
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in tl.range(0, SIZE, BLOCK_K, num_stages=STAGES):
-            if EVEN_K:
+            if DESCRIBED:
+                a = a_ptr.load([first + m_start, start])
+            elif EVEN_K:
                 a = tl.load(a_ptrs + start)
             else:
                 a = tl.load(a_ptrs + start, mask=(k < SIZE - start)[None, :], other=0.0)
-            if EVEN_K and EVEN_N:
+            if DESCRIBED:
+                if TRANSPOSED:
+                    w = tl.trans(w_ptr.load([expert * columns + n_tile * BLOCK_N, start]))
+                else:
+                    w = w_ptr.load([expert * SIZE + start, n_tile * BLOCK_N])
+            elif EVEN_K and EVEN_N:
                 w = tl.load(w_ptrs + start * step)
             else:
                 inside = (k < SIZE - start)[:, None] & (n < columns)[None, :]

@@ -7,6 +7,35 @@ from ssm_hf.ops.moe.kernels import _activated, _share
 
 
 @triton.jit
+def _halves(tile):
+    """The left and the right half of a tile."""
+    pairs = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
+    return tl.split(tl.permute(pairs, (0, 2, 1)))
+
+
+@triton.jit
+def _through_activation(
+    dh, pre_ptr, dpre_ptr, h_ptr, weight, row, n, row_inside, inner,
+    GATED: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    """dpre and weighted h of some columns n; returns the sum of h · dh of each row."""
+    stored = row_inside[:, None] & (n < inner)[None, :]
+    width = 2 * inner if GATED else inner
+    pre_ptrs = pre_ptr + row * width + n[None, :]
+    gate = tl.load(pre_ptrs, mask=stored, other=0.0).to(tl.float32)
+    value, slope = _activated(gate, SILU)
+    dpre_ptrs = dpre_ptr + row * width + n[None, :]
+    if GATED:
+        tl.store(dpre_ptrs + inner, dh * weight * value, mask=stored)
+        up = tl.load(pre_ptrs + inner, mask=stored, other=0.0).to(tl.float32)
+        slope *= up
+        value *= up
+    tl.store(dpre_ptrs, dh * weight * slope, mask=stored)
+    tl.store(h_ptr + row * inner + n[None, :], value * weight, mask=stored)
+    return tl.sum(dh * value, axis=1)
+
+
+@triton.jit
 def moe_hidden_bwd_kernel(
     dy_ptr, w_ptr, weights_ptr, pre_ptr, order_ptr, totals_ptr,
     dpre_ptr, h_ptr, dweights_ptr, stride_dy, inner, tiles_n, slots,
@@ -14,12 +43,13 @@ def moe_hidden_bwd_kernel(
     GATED: tl.constexpr, SILU: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr, STAGES: tl.constexpr,
+    GROUP: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """From dy (N, D') of the slots' tokens and w (E, D', I) to what stands before the activation.
 
     dpre (S, 2 I) sorted; h (S, I) sorted, formed again from pre and times the slot's weight, for
-    the gradient of w; dweights (tiles_n, S), the tile's part of h · dh for each slot.
+    the gradient of w; dweights (tiles_n, S), the tile's part of h · dh for each slot. DESCRIBED: w
+    is a descriptor of (E D', I), with blocks (BLOCK_K, BLOCK_N).
     """
     expert, first, rows, m_start, n_tile = _share(
         totals_ptr, tiles_n, EXPERTS, BLOCK_E, BLOCK_M, GROUP
@@ -30,37 +60,40 @@ def moe_hidden_bwd_kernel(
         k = tl.arange(0, BLOCK_K)
         slot = tl.load(order_ptr + first + m, mask=m < rows, other=0)
         dy_ptrs = dy_ptr + (slot // TOP_K).to(tl.int64)[:, None] * stride_dy + k[None, :]
-        w_ptr += expert.to(tl.int64) * inner * SIZE
-        w_ptrs = w_ptr + k[:, None] * inner + n[None, :]
+        if not DESCRIBED:
+            w_ptr += expert.to(tl.int64) * inner * SIZE
+            w_ptrs = w_ptr + k[:, None] * inner + n[None, :]
         dh = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in tl.range(0, SIZE, BLOCK_K, num_stages=STAGES):
             if EVEN_K:
                 dy = tl.load(dy_ptrs + start)
             else:
                 dy = tl.load(dy_ptrs + start, mask=(k < SIZE - start)[None, :], other=0.0)
-            if EVEN_K and EVEN_N:
+            if DESCRIBED:
+                w = w_ptr.load([expert * SIZE + start, n_tile * BLOCK_N])
+            elif EVEN_K and EVEN_N:
                 w = tl.load(w_ptrs + start * inner)
             else:
                 inside = (k < SIZE - start)[:, None] & (n < inner)[None, :]
                 w = tl.load(w_ptrs + start * inner, mask=inside, other=0.0)
             dh = tl.dot(dy, w, dh, input_precision=PRECISION)
-        stored = (m < rows)[:, None] & (n < inner)[None, :]
         row = (first + m).to(tl.int64)[:, None]
-        width = 2 * inner if GATED else inner
-        gate = tl.load(pre_ptr + row * width + n[None, :], mask=stored, other=0.0).to(tl.float32)
-        weight = tl.load(weights_ptr + slot, mask=m < rows, other=0.0).to(tl.float32)[:, None]
-        value, slope = _activated(gate, SILU)
-        dpre_ptrs = dpre_ptr + row * width + n[None, :]
-        if GATED:
-            up = tl.load(pre_ptr + row * width + inner + n[None, :], mask=stored, other=0.0)
-            up = up.to(tl.float32)
-            tl.store(dpre_ptrs + inner, dh * weight * value, mask=stored)
-            slope *= up
-            value *= up
-        tl.store(dpre_ptrs, dh * weight * slope, mask=stored)
-        tl.store(h_ptr + row * inner + n[None, :], value * weight, mask=stored)
-        part = tl.sum(dh * value, axis=1)
-        tl.store(dweights_ptr + n_tile.to(tl.int64) * slots + slot, part, mask=m < rows)
+        row_inside = m < rows
+        weight = tl.load(weights_ptr + slot, mask=row_inside, other=0.0).to(tl.float32)[:, None]
+        # A whole tile of everything would not fit into registers.
+        if PARTS == 1:
+            tiles = (dh,)
+        elif PARTS == 2:
+            tiles = _halves(dh)
+        else:
+            left, right = _halves(dh)
+            tiles = _halves(left) + _halves(right)
+        part = tl.zeros((BLOCK_M,), tl.float32)
+        for i in tl.static_range(PARTS):
+            some = n_tile * BLOCK_N + i * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)
+            part += _through_activation(tiles[i], pre_ptr, dpre_ptr, h_ptr, weight, row, some,
+                                        row_inside, inner, GATED, SILU)  # fmt: skip
+        tl.store(dweights_ptr + n_tile.to(tl.int64) * slots + slot, part, mask=row_inside)
 
 
 @triton.jit
@@ -92,14 +125,17 @@ def moe_weights_bwd_kernel(
     first = tl.sum(tl.where(e < expert, totals, 0), axis=0)
     k = tl.arange(0, BLOCK_K)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # Loaded a step ahead: a load whose address is loaded beside it would halve the pipeline.
+    slot = tl.load(order_ptr + first + k, mask=k < rows, other=0)
     for start in tl.range(0, rows, BLOCK_K, num_stages=STAGES):
         inside = k < rows - start
-        place = first + start + k
-        token = (tl.load(order_ptr + place, mask=inside, other=0) // TOP_K).to(tl.int64)
+        place = (first + start + k).to(tl.int64)
+        token = (slot // TOP_K).to(tl.int64)
+        slot = tl.load(order_ptr + place + BLOCK_K, mask=k < rows - start - BLOCK_K, other=0)
         if A_GATHERED:
-            a_row, b_row = token, place.to(tl.int64)
+            a_row, b_row = token, place
         else:
-            a_row, b_row = place.to(tl.int64), token
+            a_row, b_row = place, token
         a_inside = inside[:, None] if EVEN_M else inside[:, None] & (m < size_m)[None, :]
         b_inside = inside[:, None] if EVEN_N else inside[:, None] & (n < size_n)[None, :]
         a = tl.load(a_ptr + a_row[:, None] * stride_a + m[None, :], mask=a_inside, other=0.0)

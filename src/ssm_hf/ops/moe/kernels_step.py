@@ -1,4 +1,4 @@
-"""Triton kernels of the experts for a few tokens: every slot by itself, bound by reading weights."""
+"""Triton kernels of the experts for a few tokens: each slot by itself, bound by reading weights."""
 
 import triton
 import triton.language as tl

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ssm_hf.ops import launch as common
 from ssm_hf.ops.launch import KERNEL_DTYPES, call, check_tensors, on_device, tuned
-from ssm_hf.ops.moe.kernels import moe_in_kernel, moe_rows_kernel, moe_sum_kernel
+from ssm_hf.ops.moe.kernels import described, moe_in_kernel, moe_rows_kernel, moe_sum_kernel
 from ssm_hf.ops.moe.kernels_bwd import moe_hidden_bwd_kernel, moe_weights_bwd_kernel
 from ssm_hf.ops.moe.kernels_sort import moe_count_kernel, moe_place_kernel, moe_scan_kernel
 from ssm_hf.ops.moe.kernels_step import moe_in_step_kernel, moe_out_step_kernel
@@ -95,17 +95,21 @@ class _Products(NamedTuple):
         """Tuned options and constants of a kernel whose products go over size_k and have size_n
         columns."""
         few = self.slots <= _FEW_ROWS * self.num_experts
-        if self.dtype == torch.float32:
-            size = "wide"
-        else:
-            size = "few" if few else "default"
+        size = "wide" if self.dtype == torch.float32 else "few" if few else "default"
         options: dict[str, Any] = dict(tuned(kernel, size, self.device))
         precision = "ieee"
         if common.architecture(self.device).startswith("sm"):
             precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+        options["EVEN_N"] = size_n % options["BLOCK_N"] == 0
         if size_k is not None:
             options["EVEN_K"] = size_k % options["BLOCK_K"] == 0
-        options["EVEN_N"] = size_n % options["BLOCK_N"] == 0
+            # Blocks behind an expert's last column would reach into the next expert's rows.
+            options["DESCRIBED"] = (
+                bool(options.get("DESCRIBED"))
+                and options["EVEN_K"]
+                and self.dtype != torch.float32
+                and size_n * self.dtype.itemsize % 16 == 0
+            )
         block_e = _power(self.num_experts, 16)
         return {
             "EXPERTS": self.num_experts, "BLOCK_E": block_e, "PRECISION": precision, **options,
@@ -135,9 +139,14 @@ def _multiply_rows(
     out = a.new_empty(p.slots, columns)
     options = p.options("moe_rows", a.shape[1], columns)
     tiles_n = -(-columns // options["BLOCK_N"])
-    _rows_kernel[(p.tiles(options["BLOCK_M"]) * tiles_n,)](
-        a,
-        w,
+    block_m, block_n, block_k = (options[f"BLOCK_{axis}"] for axis in "MNK")
+    rows_in, w_in = a, w
+    if options["DESCRIBED"]:
+        rows_in = described(a, [block_m, block_k])
+        w_in = described(w, [block_n, block_k] if transposed else [block_k, block_n])
+    _rows_kernel[(p.tiles(block_m) * tiles_n,)](
+        rows_in,
+        w_in,
         weights,
         where.order,
         where.totals,
@@ -178,6 +187,13 @@ def _step(p: _Products, x: Tensor, experts: Tensor, weights: Tensor, w_in: Tenso
     return y
 
 
+def _compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype to form products in where `dtype` was asked for."""
+    # Triton's interpreter multiplies the bits of bf16 numbers as if they were integers.
+    interpreted = common.architecture(device) == "cpu"
+    return torch.float32 if interpreted and dtype == torch.bfloat16 else dtype
+
+
 def _brought(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x in `dtype`, rows with any stride between them."""
     x = x.to(dtype)
@@ -202,26 +218,29 @@ def _forward(
         x, experts, w_in, w_out, dtype, keep
     )
     p = _Products(
-        experts.numel(), experts.shape[1], w_in.shape[0], dtype, x.device, activation, gated
+        experts.numel(), experts.shape[1], w_in.shape[0], pre.dtype, x.device, activation, gated
     )
     if p.slots == 0:
         return y, order, totals.zero_(), pre, in_kept, out_kept
-    x, experts, weights = _brought(x, dtype), experts.contiguous(), weights.contiguous()
     w_in, w_out = (w.contiguous() if w.dtype == dtype else w.to(dtype) for w in (w_in, w_out))
     if keep:
         in_kept = in_kept if in_kept.numel() == 0 else w_in
         out_kept = out_kept if out_kept.numel() == 0 else w_out
+    x, experts, weights = _brought(x.to(dtype), p.dtype), experts.contiguous(), weights.contiguous()
+    w_in, w_out = w_in.to(p.dtype), w_out.to(p.dtype)
     with on_device(x):
         if not keep and x.shape[0] <= STEP_TOKENS:
-            return _step(p, x, experts, weights, w_in, w_out), order, totals, pre, in_kept, out_kept
+            y = _step(p, x, experts, weights, w_in, w_out).to(dtype)
+            return y, order, totals, pre, in_kept, out_kept
         where = _sort(experts, p.num_experts)
         inner, size = w_out.shape[2], x.shape[1]
         h = x.new_empty(p.slots, inner)
         options = p.options("moe_in", size, inner)
         tiles_n = -(-inner // options["BLOCK_N"])
+        block = [options["BLOCK_N"], options["BLOCK_K"]]
         _in_kernel[(p.tiles(options["BLOCK_M"]) * tiles_n,)](
             x,
-            w_in,
+            described(w_in, block) if options["DESCRIBED"] else w_in,
             where.order,
             where.totals,
             h,
@@ -235,7 +254,7 @@ def _forward(
             **p.act,
             **options,
         )
-        y = _multiply_rows(p, h, w_out, weights, where, experts, True)
+        y = _multiply_rows(p, h, w_out, weights, where, experts, True).to(dtype)
     if keep:
         order, totals = where
     return y, order, totals, pre, in_kept, out_kept
@@ -252,7 +271,7 @@ def _empty_outputs(
         empty(x.shape[0], w_out.shape[1]),
         empty(slots, dtype=torch.int32),
         empty(w_in.shape[0] if keep else 0, dtype=torch.int32),
-        empty(slots, w_in.shape[1]),
+        empty(slots, w_in.shape[1], dtype=_compute_dtype(dtype, x.device)),
         empty(*(w_in.shape if keep and w_in.dtype != dtype else (0,))),
         empty(*(w_out.shape if keep and w_out.dtype != dtype else (0,))),
     )
@@ -291,7 +310,7 @@ def _backward(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weights, w_in and w_out, of these in `in_dtype` and `out_dtype`; empty where
-    not wanted. w_in and w_out are given in the products' dtype, that of pre.
+    not wanted. w_in and w_out are given in the dtype of the products, that of pre.
     """
     grads = _empty_grads(x, weights, w_in, w_out, in_dtype, out_dtype, wanted)
     dx, dweights, dw_in, dw_out = grads
@@ -304,7 +323,8 @@ def _backward(
             grad.zero_()
         return grads
     x, dy, experts = _brought(x, dtype), _brought(dy, dtype), experts.contiguous()
-    weights, w_in, w_out = weights.contiguous(), w_in.contiguous(), w_out.contiguous()
+    weights = weights.contiguous()
+    w_in, w_out = w_in.to(dtype).contiguous(), w_out.to(dtype).contiguous()
     where = _Sorted(order, totals)
     inner, size = w_out.shape[2], w_out.shape[1]
     with on_device(x):
@@ -313,9 +333,10 @@ def _backward(
         dpre, h = torch.empty_like(pre), pre.new_empty(p.slots, inner)
         # Slots of no expert are written by nobody.
         parts = weights.new_zeros(tiles_n, p.slots, dtype=torch.float32)
+        block = [options["BLOCK_K"], options["BLOCK_N"]]
         _hidden_bwd_kernel[(p.tiles(options["BLOCK_M"]) * tiles_n,)](
             dy,
-            w_out,
+            described(w_out, block) if options["DESCRIBED"] else w_out,
             weights,
             pre,
             order,
