@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.models.auto import configuration_auto, modeling_auto
 
-from ssm_hf import Mamba2Config, Mamba3Config, MambaConfig
+from ssm_hf import JambaConfig, Mamba2Config, Mamba3Config, MambaConfig
 from ssm_hf.cache import KVLayer, RecurrentLayer
 
 _TINY = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 16}
@@ -27,6 +27,14 @@ def tiny(model_type: str, **overrides: object) -> PreTrainedConfig:
         if model_type == "mamba3-mimo":
             own |= {"mimo_rank": 2, "output_norm": True}
         return Mamba3Config(**{**_TINY, **own, **overrides})
+    if model_type == "jamba":
+        own = {"intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
+               "num_experts": 4, "expert_layer_offset": 0, "attn_layer_period": 3,
+               "attn_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 3}  # fmt: skip
+        renamed = {"state_size": "mamba_d_state", "use_bias": "mamba_proj_bias"}
+        given = {renamed.get(name, name): value for name, value in overrides.items()}
+        sizes = {name: value for name, value in _TINY.items() if name != "state_size"}
+        return JambaConfig(**{**sizes, **own, **given})
     heads = {"num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 4}
     return Mamba2Config(**{**_TINY, **heads, **overrides})
 

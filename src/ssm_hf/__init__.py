@@ -6,6 +6,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ssm_hf.cache import CacheSnapshot, RecurrentCache, RecurrentLayer
+from ssm_hf.models.jamba import JambaConfig, JambaForCausalLM, JambaModel
 from ssm_hf.models.mamba import MambaConfig, MambaForCausalLM, MambaModel
 from ssm_hf.models.mamba2 import Mamba2Config, Mamba2ForCausalLM, Mamba2Model
 from ssm_hf.models.mamba3 import Mamba3Config, Mamba3ForCausalLM, Mamba3Model
@@ -24,6 +25,9 @@ __version__ = "0.1.0"
 __all__ = [
     "CacheSnapshot",
     "ImplementationUnavailableError",
+    "JambaConfig",
+    "JambaForCausalLM",
+    "JambaModel",
     "Mamba2Config",
     "Mamba2ForCausalLM",
     "Mamba2Model",
@@ -48,6 +52,7 @@ __all__ = [
 _NATIVE = (
     (MambaConfig, MambaModel, MambaForCausalLM),
     (Mamba2Config, Mamba2Model, Mamba2ForCausalLM),
+    (JambaConfig, JambaModel, JambaForCausalLM),
 )
 _OWN = ((Mamba3Config, Mamba3Model, Mamba3ForCausalLM),)
 
@@ -58,7 +63,7 @@ def register(*, override: bool = False) -> None:
     Model types of our own (`mamba3`) are registered by the import already, unless another library
     has taken the name before. With `override=True`, `AutoConfig`, `AutoModel` and
     `AutoModelForCausalLM` take our classes in this process, for the types that transformers has
-    itself, `mamba` and `mamba2`, too; without it nothing changes for others.
+    itself, `mamba`, `mamba2` and `jamba`, too; without it nothing changes for others.
     """
     for classes in _OWN:
         if override or classes[0].model_type not in CONFIG_MAPPING:

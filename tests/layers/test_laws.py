@@ -23,7 +23,8 @@ _DT = {"time_step_min": 0.001, "time_step_max": 0.1, "time_step_floor": 1e-4}
 def _mamba1(**changes: object) -> Mixer:
     options = {"hidden_size": D, "inner_size": 16, "state_size": 4, "conv_kernel": 4,
                "time_step_rank": 3, "time_step_scale": 1.0, "time_step_init_scheme": "random",
-               "use_bias": False, "use_conv_bias": True, "layer_idx": 0, **_DT}  # fmt: skip
+               "use_bias": False, "use_conv_bias": True, "inner_norm_eps": None,
+               "layer_idx": 0, **_DT}  # fmt: skip
     return Mamba1Mixer(**{**options, **changes})
 
 
@@ -69,6 +70,7 @@ def _by(implementation: str) -> SimpleNamespace:
 MIXERS: dict[str, Callable[[], Mixer]] = {
     "mamba1": _mamba1,
     "mamba1-biases": lambda: _mamba1(use_bias=True, use_conv_bias=False, conv_kernel=2),
+    "mamba1-norms": lambda: _mamba1(inner_norm_eps=1e-5),
     "mamba2": _mamba2,
     "mamba2-biases": lambda: _mamba2(use_bias=True, use_conv_bias=False, n_groups=4),
     "mamba2-dt-limit": lambda: _mamba2(time_step_limit=(0.02, 0.08)),

@@ -21,8 +21,16 @@ pytestmark = pytest.mark.skipif(
     reason="parity is with 5.23; earlier torch paths assign Mamba-2's groups to other heads",
 )
 
-OURS = {"mamba": ssm_hf.MambaForCausalLM, "mamba2": ssm_hf.Mamba2ForCausalLM}
-THEIRS = {"mamba": transformers.MambaForCausalLM, "mamba2": transformers.Mamba2ForCausalLM}
+OURS = {
+    "mamba": ssm_hf.MambaForCausalLM,
+    "mamba2": ssm_hf.Mamba2ForCausalLM,
+    "jamba": ssm_hf.JambaForCausalLM,
+}
+THEIRS = {
+    "mamba": transformers.MambaForCausalLM,
+    "mamba2": transformers.Mamba2ForCausalLM,
+    "jamba": transformers.JambaForCausalLM,
+}
 
 # tiny() already has 2 groups and chunks of 4, so that 13 tokens are 3 chunks and a ragged tail.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -41,12 +49,23 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     # Between the two bounds lie some of the randomised step sizes (around 0.05) and not all.
     "mamba2-limit": ("mamba2", {"time_step_limit": (0.02, 0.06)}),
+    "jamba": ("jamba", {"num_hidden_layers": 4, "attn_layer_period": 4, "attn_layer_offset": 2,
+                        "expert_layer_offset": 1}),
+    "jamba-dense": ("jamba", {"num_experts": 1, "mamba_proj_bias": True}),
+    "jamba-tied": (
+        "jamba",
+        {"num_experts_per_tok": 3, "tie_word_embeddings": True, "num_key_value_heads": 4},
+    ),
 }  # fmt: skip
 each_case = pytest.mark.parametrize("case", CASES)
 # transformers feeds the bias of in_proj at pads into the convolution's window, and does not apply
 # time_step_limit in a one-token step; ours do neither, so these cases are not comparable there.
-without_biases = pytest.mark.parametrize("case", [c for c in CASES if "biases" not in c])
-decodable = pytest.mark.parametrize("case", ["mamba", "mamba-untied", "mamba2", "mamba2-tied"])
+without_biases = pytest.mark.parametrize(
+    "case", [c for c in CASES if "biases" not in c and c != "jamba-dense"]
+)
+decodable = pytest.mark.parametrize(
+    "case", ["mamba", "mamba-untied", "mamba2", "mamba2-tied", "jamba"]
+)
 
 
 def pair(case: str) -> tuple[Any, Any]:
@@ -58,6 +77,9 @@ def pair(case: str) -> tuple[Any, Any]:
     theirs = THEIRS[model_type](THEIRS[model_type].config_class.from_dict(values))  # pyright: ignore[reportOptionalMemberAccess]
     theirs.load_state_dict(ours.state_dict())
     theirs.tie_weights()
+    if model_type == "jamba":
+        theirs.set_attn_implementation("eager")
+        theirs.set_experts_implementation("eager")  # the one that knows fp64
     return ours.eval(), theirs.eval()
 
 
@@ -78,7 +100,10 @@ def test_logits_and_every_layer_equal_transformers(case: str) -> None:
     assert b.logits.abs().max() > 1  # the tolerance is absolute: it must mean something
     assert largest_difference(a.logits, b.logits) < 2e-5
     assert len(a.hidden_states) == len(b.hidden_states) == ours.config.num_hidden_layers + 1
-    for layer, (x, y) in enumerate(zip(a.hidden_states, b.hidden_states, strict=True)):
+    theirs_first = b.hidden_states
+    if CASES[case][0] == "jamba":  # theirs are each layer's inputs, and the normalised last output
+        theirs_first = (*b.hidden_states[1:-1], a.hidden_states[-2], b.hidden_states[-1])
+    for layer, (x, y) in enumerate(zip(a.hidden_states, theirs_first, strict=True)):
         assert largest_difference(x, y) < 2e-5, f"layer {layer}"
 
 
@@ -112,6 +137,7 @@ def test_fp64_equals_transformers_without_its_casts_to_fp32(
     (logits * weight).sum().backward()
     with monkeypatch.context() as patch:
         patch.setattr(torch, "float32", torch.float64)
+        patch.setattr(torch, "float", torch.float64)
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
         reference = theirs(ids).logits
     (reference * weight).sum().backward()
@@ -256,6 +282,8 @@ SIZES = {
     "mamba2-780m": ("mamba2", 48, 1536, 780_161_280),
     "mamba2-1.3b": ("mamba2", 48, 2048, 1_343_757_312),
     "mamba2-2.7b": ("mamba2", 64, 2560, 2_702_599_680),
+    "jamba-v0.1": ("jamba", 32, 4096, 51_570_323_328),
+    "jamba-1.5-large": ("jamba", 72, 8192, 398_555_145_696),
 }
 
 
@@ -265,6 +293,9 @@ def test_released_sizes_have_the_published_parameter_counts(name: str) -> None:
     sizes = {"num_hidden_layers": layers, "hidden_size": width}
     if model_type == "mamba":
         config = ssm_hf.MambaConfig(**sizes)
+    elif model_type == "jamba":
+        larger = {"intermediate_size": 24576, "num_attention_heads": 64} if layers == 72 else {}
+        config = ssm_hf.JambaConfig(**sizes, **larger)
     else:
         config = ssm_hf.Mamba2Config(
             **sizes, vocab_size=50288, n_groups=1, num_heads=width // 32, tie_word_embeddings=True

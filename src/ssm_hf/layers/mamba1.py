@@ -24,7 +24,7 @@ from ssm_hf.layers.mixer import (
     reset_out_proj,
     with_state,
 )
-from ssm_hf.layers.norm import ResidualNorm
+from ssm_hf.layers.norm import ResidualNorm, RMSNorm
 from ssm_hf.ops import selective_scan
 from ssm_hf.ops.causal_conv1d.step import causal_conv1d_step_
 from ssm_hf.ops.mamba1_mix import mamba1_mix
@@ -47,6 +47,8 @@ class Mamba1Mixer(Mixer):
             initial step sizes.
         use_bias: biases of in_proj and out_proj.
         use_conv_bias: bias of the convolution.
+        inner_norm_eps: of RMS norms of δ, B and C (Jamba's `dt_layernorm`, `b_layernorm` and
+            `c_layernorm`); None = no norms.
         layer_idx: place in the cache.
     """
 
@@ -67,6 +69,7 @@ class Mamba1Mixer(Mixer):
         time_step_init_scheme: str,
         use_bias: bool,
         use_conv_bias: bool,
+        inner_norm_eps: float | None,
         layer_idx: int,
     ) -> None:
         super().__init__(layer_idx)
@@ -85,6 +88,11 @@ class Mamba1Mixer(Mixer):
         self.A_log = nn.Parameter(torch.empty(inner_size, state_size))
         self.D = nn.Parameter(torch.empty(inner_size))
         self.out_proj = Linear(inner_size, hidden_size, bias=use_bias)
+        self.dt_layernorm = self.b_layernorm = self.c_layernorm = None
+        if inner_norm_eps is not None:
+            self.dt_layernorm = RMSNorm(time_step_rank, eps=inner_norm_eps)
+            self.b_layernorm = RMSNorm(state_size, eps=inner_norm_eps)
+            self.c_layernorm = RMSNorm(state_size, eps=inner_norm_eps)
         # A mixer used outside a model is initialised too; a model draws again, by its config.
         self.reset_parameters("mamba_ssm", std=0.0, num_residual_layers=None)
 
@@ -107,6 +115,9 @@ class Mamba1Mixer(Mixer):
         rates = torch.arange(1, self.state_size + 1, dtype=torch.float32, device=device)
         init.copy_(self.A_log, rates.log().expand(self.inner_size, -1))
         init.ones_(self.D)
+        for norm in (self.dt_layernorm, self.b_layernorm, self.c_layernorm):
+            if norm is not None:
+                norm.reset_parameters()
 
     def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
         """The last K-1 inputs of the convolution, and h."""
@@ -135,9 +146,7 @@ class Mamba1Mixer(Mixer):
         conv_in = hidden
         keep = layer is not None
         hidden, conv_state = self.conv1d(hidden, seq, state.get("conv_state"), keep)
-        low, B, C = self.x_proj(hidden).split(
-            [self.time_step_rank, self.state_size, self.state_size], dim=-1
-        )
+        low, B, C = self._parts(self.x_proj(hidden))
         # A scan adds the bias as it reads; a projection that carries anything is called as it is.
         if all_plain(self.dt_proj):
             dt, dt_bias = self.dt_proj(low, add_bias=False), self.dt_proj.bias
@@ -171,6 +180,13 @@ class Mamba1Mixer(Mixer):
             layer.write({"conv_state": conv_state, "ssm_state": ssm_state})
         return self.out_proj(y)
 
+    def _parts(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """δ, B and C in projected (..., R + 2 N), normed if so asked."""
+        low, B, C = projected.split([self.time_step_rank, self.state_size, self.state_size], dim=-1)
+        if self.dt_layernorm is None or self.b_layernorm is None or self.c_layernorm is None:
+            return low, B, C
+        return self.dt_layernorm(low), self.b_layernorm(B), self.c_layernorm(C)
+
     def residual_pass(
         self, update: Tensor, stream: Tensor | None, norm: nn.Module, seq: SequenceInfo
     ) -> tuple[Tensor, Tensor] | None:
@@ -182,8 +198,10 @@ class Mamba1Mixer(Mixer):
     def _can_mix(self, dtype: torch.dtype) -> bool:
         """Whether nothing inside carries more than its weight, and all compute in `dtype`."""
         inside = (self.x_proj, self.dt_proj)
-        return all_plain(self.conv1d, *inside) and all(
-            linear_dtype(m.weight) == dtype for m in inside
+        return (
+            self.dt_layernorm is None
+            and all_plain(self.conv1d, *inside)
+            and all(linear_dtype(m.weight) == dtype for m in inside)
         )
 
     def _mix(self, proj: Tensor, seq: SequenceInfo) -> Tensor:
@@ -211,9 +229,7 @@ class Mamba1Mixer(Mixer):
         """Everything between the outer projections for one token, x, z (B, I) -> (B, I)."""
         conv = self.conv1d
         x = causal_conv1d_step_(x, layer.state["conv_state"], conv.weight[:, 0], conv.bias)
-        low, B, C = self.x_proj(x).split(
-            [self.time_step_rank, self.state_size, self.state_size], dim=-1
-        )
+        low, B, C = self._parts(self.x_proj(x))
         if all_plain(self.dt_proj):
             dt, dt_bias = self.dt_proj(low, add_bias=False), self.dt_proj.bias
         else:
@@ -252,9 +268,7 @@ class Mamba1Mixer(Mixer):
             overlap=True,
         )
         hidden, z = proj.chunk(2, dim=-1)
-        low, B, C = norm_linear(hidden, self.x_proj.weight, overlap=True).split(
-            [self.time_step_rank, self.state_size, self.state_size], dim=-1
-        )
+        low, B, C = self._parts(norm_linear(hidden, self.x_proj.weight, overlap=True))
         y = mamba1_step(
             hidden,
             low,

@@ -19,10 +19,18 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from ssm_hf.cache import RecurrentCache
 from ssm_hf.generation import current_session
 from ssm_hf.layers.mixer import Sublayer, all_plain, has_own_forward, reset_linear
+from ssm_hf.layers.moe import take_routings
 from ssm_hf.layers.norm import RMSNorm
 from ssm_hf.models.checkpoint import check_checkpoint
 from ssm_hf.models.generating import GeneratingMixin, check_cache, one_cache
 from ssm_hf.ops import linear_cross_entropy
+from ssm_hf.ops.moe import (
+    RouterStatistics,
+    Routing,
+    load_balancing_loss,
+    router_statistics,
+    router_z_loss,
+)
 from ssm_hf.ops.packing import check_later, document_starts, next_real
 from ssm_hf.sequence import SequenceInfo, check_ids
 
@@ -37,7 +45,14 @@ class SSMModelOutput(BaseModelOutputWithPast):
 
     `hidden_states` holds the output of each layer and then the normalised last one, as
     transformers' Mamba models return it.
+
+    Attributes:
+        router_logits: (B * T, E) of every layer with experts, if asked for.
+        routings: all that their routers decided, if asked for.
     """
+
+    router_logits: tuple[Tensor, ...] | None = None
+    routings: tuple[Routing, ...] | None = None
 
     @property
     def cache_params(self) -> RecurrentCache | None:
@@ -47,7 +62,20 @@ class SSMModelOutput(BaseModelOutputWithPast):
 
 @dataclass
 class SSMCausalLMOutput(CausalLMOutputWithPast):
-    """Loss, logits (B, T, V) in fp32, the cache, and optionally every layer's output."""
+    """Loss, logits (B, T, V) in fp32, the cache, and optionally every layer's output.
+
+    Attributes:
+        aux_loss: load-balancing loss over all layers with experts, if asked for.
+        z_loss: mean square of the routers' log-partition, where it has a weight. `loss` holds both,
+            times their weights.
+        router_logits: (B * T, E) of every layer with experts, if asked for.
+        router_statistics: how evenly the experts are used, if asked for.
+    """
+
+    aux_loss: Tensor | None = None
+    z_loss: Tensor | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+    router_statistics: RouterStatistics | None = None
 
     @property
     def cache_params(self) -> RecurrentCache | None:
@@ -72,6 +100,15 @@ def residual(
         return passed
     normed, stream = norm(update, stream)
     return sublayer(normed, *args), stream
+
+
+def routed(sublayer: nn.Module) -> tuple[Any, ...]:
+    """What the router of a sublayer with experts has just decided; () for any other.
+
+    Blocks hand it on beside their outputs, so that its gradients come back under every kind of
+    gradient checkpointing.
+    """
+    return tuple(value for routing in take_routings([sublayer]) for value in routing)
 
 
 def _fused_step(
@@ -232,6 +269,7 @@ class BackboneMixin:
         max_length_k: int | None = None,
         cache_params: RecurrentCache | None = None,
         sequence_info: SequenceInfo | None = None,
+        output_router_logits: bool | None = None,
     ) -> SSMModelOutput | tuple[Any, ...]:
         """Hidden states of every token.
 
@@ -248,6 +286,8 @@ class BackboneMixin:
             cu_seqlens: (n+1,) document offsets into one row, also spelled `cu_seq_lens_q`/`_k`
                 with `max_length_q`/`_k`.
             sequence_info: the facts of all these, where a caller has them already.
+            output_router_logits: return what routers of experts decided (default: as the config
+                says, if it says anything).
 
         Raises:
             ValueError: arguments of wrong shape, out of range, or in disagreement; a cache of
@@ -257,6 +297,8 @@ class BackboneMixin:
         config = self.config
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
+        if output_router_logits is None:
+            output_router_logits = getattr(config, "output_router_logits", False)
         if use_cache is None:
             use_cache = config.use_cache and not self.training
         if (input_ids is None) == (inputs_embeds is None):
@@ -289,9 +331,14 @@ class BackboneMixin:
         if config.residual_in_fp32 and x.dtype != torch.float64:
             x = x.float()
         outputs: list[Tensor] = []
+        routings: list[Routing] = []
         update, stream = x, None
         for block in blocks:
-            update, stream = block(update, stream, sequence_info, past_key_values=past_key_values)
+            update, stream, *decision = block(
+                update, stream, sequence_info, past_key_values=past_key_values
+            )
+            if decision and output_router_logits:
+                routings.append(Routing(*decision))
             if output_hidden_states:
                 outputs.append(update if stream is None else (stream + update).to(stream.dtype))
         x, _ = final_norm(update, stream)
@@ -303,6 +350,8 @@ class BackboneMixin:
             last_hidden_state=x,  # pyright: ignore[reportArgumentType]
             past_key_values=past_key_values if use_cache else None,
             hidden_states=tuple(outputs) if output_hidden_states else None,
+            router_logits=tuple(r.logits.flatten(0, -2) for r in routings) or None,
+            routings=tuple(routings) or None,
         )
         if return_dict is None:
             return_dict = self.config.return_dict
@@ -370,6 +419,7 @@ class CausalLMMixin(GeneratingMixin):
         cache_params: RecurrentCache | None = None,
         num_items_in_batch: Tensor | int | None = None,
         return_logits: bool | None = None,
+        output_router_logits: bool | None = None,
     ) -> SSMCausalLMOutput | tuple[Any, ...]:
         """Logits of the next token, and the loss if labels are given.
 
@@ -381,6 +431,8 @@ class CausalLMMixin(GeneratingMixin):
             num_items_in_batch: the summed loss is divided by it; default: by the number of targets.
             return_logits: False gives `logits=None` and forms the loss without ever holding the
                 logits of all tokens, which for small models are most of the memory.
+            output_router_logits: return what routers of experts decided and add their losses, with
+                the config's weights (default: as the config says, if it says anything).
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
                 output_hidden_states, return_dict, seq_idx, cu_seqlens, cu_seq_lens_q,
                 cu_seq_lens_k, max_length_q, max_length_k, cache_params: as in the backbone.
@@ -446,6 +498,7 @@ class CausalLMMixin(GeneratingMixin):
             output_hidden_states=output_hidden_states,
             sequence_info=seq,
             return_dict=True,
+            output_router_logits=output_router_logits,
         )
         loss = logits = None
         if return_logits is False:
@@ -465,11 +518,26 @@ class CausalLMMixin(GeneratingMixin):
                     num_items_in_batch=num_items_in_batch,
                     shift_labels=targets,
                 )
+        aux_loss = z_loss = statistics = None
+        if base.routings is not None:
+            aux_loss = load_balancing_loss(base.routings, mask=seq.mask)
+            statistics = router_statistics(base.routings, mask=seq.mask)
+            z_weight = getattr(self.config, "router_z_loss_coef", 0.0)
+            if z_weight:
+                z_loss = router_z_loss(base.routings, mask=seq.mask)
+            if loss is not None:
+                loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
+                if z_loss is not None:
+                    loss = loss + z_weight * z_loss.to(loss.device)
         result = SSMCausalLMOutput(
             loss=loss,
             logits=None if return_logits is False else logits,  # pyright: ignore[reportArgumentType]
             past_key_values=base.past_key_values,
             hidden_states=base.hidden_states,
+            aux_loss=aux_loss,  # pyright: ignore[reportArgumentType]
+            z_loss=z_loss,
+            router_logits=base.router_logits,
+            router_statistics=statistics,
         )
         if return_dict is None:
             return_dict = self.config.return_dict

@@ -62,13 +62,18 @@ class NativeConfigMixin(PreTrainedConfig):
         """Build from the content of a config.json; keys of no field are kept as attributes.
 
         Raises:
-            ValueError: the file is in mamba_ssm's format, or asks for a model that this format
-                cannot express.
+            ValueError: the file is in mamba_ssm's format, of another type, or asks for a model that
+                this format cannot express.
         """
         if "d_model" in config_dict and "hidden_size" not in config_dict:
             raise ValueError(
                 "config.json is in mamba_ssm's own format (it has d_model, not hidden_size): "
                 "convert the checkpoint with `python -m ssm_hf.convert SRC DST`"
+            )
+        other = config_dict.get("model_type", cls.model_type)
+        if other != cls.model_type:
+            raise ValueError(
+                f"config.json is that of a model of type {other!r}, not {cls.model_type!r}"
             )
         for key, neutral in cls._inexpressible.items():
             value = config_dict.get(key, neutral[0])

@@ -280,7 +280,7 @@ class GeneratingMixin:
             update = update.float()
         seq = SequenceInfo(mask=piece.mask)
         for block in blocks:
-            update, stream = block(update, stream, seq, past_key_values=cache)
+            update, stream, *_ = block(update, stream, seq, past_key_values=cache)
         if piece.mask is None:
             hidden, _ = norm(update[:, -1:], None if stream is None else stream[:, -1:])
             piece.last.copy_(hidden)
@@ -349,7 +349,7 @@ class GeneratingMixin:
         if self.config.residual_in_fp32 and update.dtype != torch.float64:
             update = update.float()
         for block in blocks:
-            update, stream = block(update, stream, SequenceInfo(), past_key_values=cache)
+            update, stream, *_ = block(update, stream, SequenceInfo(), past_key_values=cache)
         if stream is None and few_rows(update, head.weight) and all_plain(norm, head):
             return norm_linear(
                 update[:, 0],

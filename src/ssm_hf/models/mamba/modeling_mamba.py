@@ -34,6 +34,7 @@ class MambaBlock(GradientCheckpointingLayer):
             time_step_init_scheme=config.time_step_init_scheme,
             use_bias=config.use_bias,
             use_conv_bias=config.use_conv_bias,
+            inner_norm_eps=None,
             layer_idx=layer_idx,
         )
 
