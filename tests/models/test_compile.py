@@ -10,10 +10,15 @@ from torch._dynamo.backends.common import aot_autograd
 from transformers import PreTrainedModel
 
 import ssm_hf
-from ssm_hf import Mamba2ForCausalLM, MambaForCausalLM
+from ssm_hf import Mamba2ForCausalLM, Mamba3ForCausalLM, MambaForCausalLM
 from tests.helpers import kernel_device, randomize_, relative_error, tiny
 
-CLASSES = {"mamba": MambaForCausalLM, "mamba2": Mamba2ForCausalLM}
+CLASSES = {
+    "mamba": MambaForCausalLM,
+    "mamba2": Mamba2ForCausalLM,
+    "mamba3": Mamba3ForCausalLM,
+    "mamba3-mimo": Mamba3ForCausalLM,
+}
 each_type = pytest.mark.parametrize("model_type", list(CLASSES))
 LENGTH = 9
 
@@ -87,7 +92,10 @@ def only_traced(names: set[str]):
     return aot_autograd(fw_compiler=compiler, bw_compiler=compiler)
 
 
-@pytest.mark.parametrize(("model_type", "kind"), [("mamba", "padded"), ("mamba2", "seq_idx")])
+@pytest.mark.parametrize(
+    ("model_type", "kind"),
+    [("mamba", "padded"), ("mamba2", "seq_idx"), ("mamba3-mimo", "padded")],
+)
 def test_kernels_are_one_graph(model_type: str, kind: str) -> None:
     names: set[str] = set()
     torch._dynamo.reset()
@@ -97,7 +105,7 @@ def test_kernels_are_one_graph(model_type: str, kind: str) -> None:
     ids = torch.zeros(2, LENGTH, dtype=torch.long, device=device)
     with ssm_hf.implementation("triton"):
         loss_and_gradients(model, compiled, ids, True, return_logits=False, **facts(kind))
-    inside = {"mamba": "mamba1_mix", "mamba2": "mamba2_mix"}[model_type]
+    inside = {"mamba": "mamba1_mix", "mamba2": "mamba2_mix"}.get(model_type, "mamba3_scan")
     for operator in (inside, "rms_norm"):
         assert any(name.startswith(f"{operator}_") and "bwd" not in name for name in names), names
         assert any(name.startswith(f"{operator}_bwd") for name in names), names

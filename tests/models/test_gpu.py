@@ -7,7 +7,7 @@ import torch
 from transformers import GenerationConfig
 
 import ssm_hf
-from ssm_hf import Mamba2ForCausalLM, MambaForCausalLM
+from ssm_hf import Mamba2ForCausalLM, Mamba3ForCausalLM, MambaForCausalLM
 from tests.helpers import randomize_, relative_error, tiny
 from training.graph import GraphedPass
 
@@ -15,7 +15,12 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
 ]
-CLASSES = {"mamba": MambaForCausalLM, "mamba2": Mamba2ForCausalLM}
+CLASSES = {
+    "mamba": MambaForCausalLM,
+    "mamba2": Mamba2ForCausalLM,
+    "mamba3": Mamba3ForCausalLM,
+    "mamba3-mimo": Mamba3ForCausalLM,
+}
 
 
 @pytest.fixture(params=list(CLASSES))
