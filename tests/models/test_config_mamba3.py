@@ -38,14 +38,23 @@ SIZES = {
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_shipped_configs_have_the_papers_numbers_of_parameters(name: str) -> None:
+def test_shipped_configs_have_the_papers_numbers_of_parameters(name: str, tmp_path: Path) -> None:
     config = AutoConfig.from_pretrained(ROOT / f"configs/model/{name}.json")
     assert isinstance(config, Mamba3Config)
     layers, width, mlp, rank, count = SIZES[name]
     assert (config.num_hidden_layers, config.hidden_size) == (layers, width)
     assert (config.intermediate_size, config.mimo_rank) == (mlp, rank)
     with torch.device("meta"):
-        assert AutoModelForCausalLM.from_config(config).num_parameters() == count
+        model = AutoModelForCausalLM.from_config(config)
+    assert model.num_parameters() == count
+    # The file is exactly what save_pretrained of that model writes, but for the version.
+    model.config.save_pretrained(tmp_path)
+    written, shipped = (
+        json.loads(file.read_text())
+        for file in (tmp_path / "config.json", ROOT / f"configs/model/{name}.json")
+    )
+    del written["transformers_version"], shipped["transformers_version"]
+    assert written == shipped
 
 
 CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [

@@ -34,21 +34,25 @@ def texts(tmp_path):
 
 
 @pytest.fixture
-def model_config(tmp_path):
-    config = ssm_hf.Mamba2Config(
-        hidden_size=32,
-        num_hidden_layers=2,
-        vocab_size=264,
-        num_heads=4,
-        head_dim=16,
-        state_size=16,
-        n_groups=1,
-        chunk_size=16,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-        tie_word_embeddings=True,
-    )
+def model_config(request, tmp_path):
+    """A Mamba-2 or, by an indirect parameter "mamba3", a Mamba-3."""
+    common = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "vocab_size": 264,
+        "head_dim": 16,
+        "state_size": 16,
+        "n_groups": 1,
+        "chunk_size": 16,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+        "tie_word_embeddings": True,
+    }
+    if getattr(request, "param", "mamba2") == "mamba3":
+        config = ssm_hf.Mamba3Config(**common, intermediate_size=64, mimo_rank=2)
+    else:
+        config = ssm_hf.Mamba2Config(**common, num_heads=4)
     config.save_pretrained(tmp_path / "model")
     return tmp_path / "model" / "config.json"
 

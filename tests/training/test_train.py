@@ -21,6 +21,9 @@ from training.train import main
 ROOT = Path(__file__).parents[2]
 
 
+each_model = pytest.mark.parametrize("model_config", ["mamba2", "mamba3"], indirect=True)
+
+
 def run(recipe: Path, *arguments: str) -> Path:
     main(["--config", str(recipe), *arguments])
     return Path(yaml.safe_load(recipe.read_text())["run_dir"])
@@ -107,6 +110,7 @@ def pieces_nats(model: torch.nn.Module, ids: list[int], first: int, room: int) -
     return nats
 
 
+@each_model
 def test_resumed_run_ends_like_one_without_interruption(recipe, tmp_path):
     whole = weights(run(recipe))
     run_dir = tmp_path / "run"
@@ -147,6 +151,7 @@ def chats(tmp_path: Path) -> Path:
     )
 
 
+@each_model
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -292,6 +297,9 @@ def test_tiny_example_runs():
     assert losses[0] > 5 > 3 > losses[1]
 
 
+@pytest.mark.parametrize(
+    "model_config", ["mamba2", pytest.param("mamba3", marks=pytest.mark.slow)], indirect=True
+)
 def test_two_processes_train_like_one(recipe, tmp_path):
     """Data parallel over gloo: the same rows, targets and clipping, so the same weights."""
     common = ["--save_every", "0", "--eval_every", "0", "--data.files", str(chats(tmp_path))]
