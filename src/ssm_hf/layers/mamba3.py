@@ -61,6 +61,13 @@ class Mamba3Mixer(Mixer):
         *("mimo_x", "mimo_z", "mimo_o"),
     )
 
+    B_bias: nn.Parameter | None
+    C_bias: nn.Parameter | None
+    mimo_x: nn.Parameter | None
+    mimo_z: nn.Parameter | None
+    mimo_o: nn.Parameter | None
+    norm: RMSNorm | None
+
     def __init__(
         self,
         *,
