@@ -13,10 +13,25 @@ from transformers import initialization as init
 from ssm_hf.cache import RecurrentCache
 from ssm_hf.layers.linear import Linear, linear_dtype
 from ssm_hf.layers.mixer import Initialization, Sublayer, reset_linear, reset_out_proj
-from ssm_hf.ops.moe import Activation, RouterKind, Routing, check_router, moe_experts, moe_route
+from ssm_hf.ops.moe import (
+    Activation,
+    RouterKind,
+    Routing,
+    check_activation,
+    check_router,
+    moe_experts,
+    moe_route,
+)
 from ssm_hf.ops.moe.reference import activate
-from ssm_hf.ops.packing import compute_dtype
+from ssm_hf.ops.packing import compute_dtype, in_given_precision
 from ssm_hf.sequence import SequenceInfo
+
+
+@in_given_precision
+def _wide_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """The product in fp32 or wider, under autocast too."""
+    dtype = compute_dtype(x, weight)
+    return F.linear(x.to(dtype), weight.to(dtype))
 
 
 class TopKRouter(nn.Module):
@@ -79,12 +94,7 @@ class TopKRouter(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Routing:
         """x (..., D), mask (...) True at real tokens -> logits (..., E), experts, weights."""
-        if self.wide:
-            with torch.autocast(x.device.type, enabled=False):
-                dtype = compute_dtype(x, self.weight)
-                logits = F.linear(x.to(dtype), self.weight.to(dtype))
-        else:
-            logits = F.linear(x, self.weight)
+        logits = (_wide_linear if self.wide else F.linear)(x, self.weight)
         return moe_route(
             logits,
             self.top_k,
@@ -146,6 +156,7 @@ class Experts(nn.Module):
         gated: bool,
     ) -> None:
         super().__init__()
+        check_activation(activation)
         self.activation: Activation = activation
         self.gated = gated
         # "auto", "reference", "torch" or "triton"; see `ssm_hf.ops.moe.moe_experts`.

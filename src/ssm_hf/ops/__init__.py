@@ -13,6 +13,7 @@ from ssm_hf.ops.dispatch import (
 )
 from ssm_hf.ops.linear_scan import linear_scan
 from ssm_hf.ops.mamba3_scan import Mamba3State, mamba3_scan
+from ssm_hf.ops.moe import moe_experts, moe_route
 from ssm_hf.ops.rms_norm import add_rms_norm, rms_norm
 from ssm_hf.ops.selective_scan import selective_scan
 from ssm_hf.ops.ssd import ssd
@@ -33,6 +34,8 @@ __all__ = [
     "linear_cross_entropy",
     "linear_scan",
     "mamba3_scan",
+    "moe_experts",
+    "moe_route",
     "print_implementations",
     "rms_norm",
     "selective_scan",

@@ -28,6 +28,7 @@ else:
 __all__ = [
     "RouterStatistics",
     "Routing",
+    "check_activation",
     "check_router",
     "experts_definition",
     "load_balancing_loss",
@@ -40,6 +41,12 @@ __all__ = [
 Activation = Literal["silu", "relu2"]
 _KINDS = ("softmax", "sigmoid")
 _ACTIVATIONS = ("silu", "relu2")
+
+
+def check_activation(activation: str) -> None:
+    """Raise `ValueError` unless experts can have this activation."""
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"activation must be one of {_ACTIVATIONS}, got {activation!r}")
 
 
 def check_router(
@@ -198,8 +205,7 @@ def moe_experts(
     Source: Shazeer et al. 2017; gated experts: Shazeer 2020; grouped products without dropping:
     Gale et al. 2022, "MegaBlocks".
     """
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"activation must be one of {_ACTIVATIONS}, got {activation!r}")
+    check_activation(activation)
     if x.ndim < 1 or w_in.ndim != 3 or w_in.shape[2] != x.shape[-1]:
         raise ValueError(
             f"w_in must have shape (E, {'2 ' if gated else ''}I, D) for x (..., D), "

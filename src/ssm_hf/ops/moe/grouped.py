@@ -19,6 +19,8 @@ def why_not_grouped(x: Tensor, w_in: Tensor, w_out: Tensor, dtype: torch.dtype) 
         return f"torch {torch.__version__} has no grouped_mm: it came with torch 2.10"
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"grouped_mm takes float32, float16 and bfloat16, got {dtype}"
+    if torch.compiler.is_compiling() and dtype != torch.bfloat16:
+        return f"torch.compile knows grouped_mm in bfloat16 alone, got {dtype}"
     if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 0):
         return "grouped_mm needs a GPU of compute capability 8.0 or more"
     strides = (w_in.shape[1], w_in.shape[2], w_out.shape[1], w_out.shape[2])
@@ -53,6 +55,6 @@ def experts_grouped(
     out = torch.where(real, out, 0)
     place = torch.empty_like(order)
     place[order] = torch.arange(order.numel(), device=order.device)
-    out = out[place].view(tokens, top_k, -1)
+    out = out[place].view(tokens, top_k, w_out.shape[1])
     wide = compute_dtype(x, weights, w_in)
     return (out.to(wide) * weights.to(wide)[..., None]).sum(dim=1).to(dtype)

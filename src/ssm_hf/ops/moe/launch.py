@@ -214,9 +214,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y (N, D'); and for the backward pass, where `keep` says so (else empty): order, totals, pre,
     w_in and w_out in `dtype`, the last two empty where they have it."""
-    y, order, totals, pre, in_kept, out_kept = _empty_outputs(
-        x, experts, w_in, w_out, dtype, keep
-    )
+    y, order, totals, pre, in_kept, out_kept = _empty_outputs(x, experts, w_in, w_out, dtype, keep)
     p = _Products(
         experts.numel(), experts.shape[1], w_in.shape[0], pre.dtype, x.device, activation, gated
     )

@@ -149,7 +149,7 @@ def _forward(
         out[slots] = _product(h, w_out[e].to(dtype))
         if keep:
             pre[slots] = before
-    out = out.view(tokens, top_k, -1).to(wide) * weights.to(wide)[..., None]
+    out = out.view(tokens, top_k, w_out.shape[1]).to(wide) * weights.to(wide)[..., None]
     return out.sum(dim=1).to(dtype), pre
 
 
@@ -200,7 +200,7 @@ def _backward(
         dw_out[e] += dy_here.t() @ (h * weight).to(dtype)
         dw_in[e] += dpre.t() @ _rows(x, slots, top_k)
         dx[slots] = dpre @ w_in[e].to(dtype)
-    dx = dx.view(tokens, top_k, -1).sum(dim=1, dtype=wide).to(x_given.dtype)
+    dx = dx.view(tokens, top_k, x.shape[1]).sum(dim=1, dtype=wide).to(x_given.dtype)
     return dx, dweights.view_as(weights), dw_in, dw_out
 
 

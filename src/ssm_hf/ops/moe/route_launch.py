@@ -146,6 +146,4 @@ def route_triton(
 ) -> tuple[Tensor, Tensor]:
     """As `route_torch`, in one kernel each way."""
     check_tensors("moe_route", KERNEL_DTYPES, logits=logits, bias=bias, mask=mask)
-    return call(
-        _forward, logits, bias, mask, top_k, kind, renormalise, scale, groups, top_groups
-    )
+    return call(_forward, logits, bias, mask, top_k, kind, renormalise, scale, groups, top_groups)
