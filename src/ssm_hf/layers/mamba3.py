@@ -93,6 +93,20 @@ class Mamba3Mixer(Mixer):
         layer_idx: int,
     ) -> None:
         super().__init__(layer_idx)
+        if mimo_rank < 1:
+            raise ValueError(f"mimo_rank must be at least 1, got {mimo_rank}")
+        if n_groups < 1 or num_heads % n_groups:
+            raise ValueError(f"n_groups={n_groups} does not divide num_heads={num_heads}")
+        for name, value, choices in (
+            ("A_activation", A_activation, ("heavy_tail", "softplus")),
+            ("rope_layout", rope_layout, ("pairwise", "half")),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} must be {choices[0]!r} or {choices[1]!r}, got {value!r}")
+        if not 0 <= 2 * num_angles <= state_size:
+            raise ValueError(f"num_angles={num_angles} pairs do not fit into {state_size=}")
+        if num_angles and rope_layout == "half" and state_size % 2:
+            raise ValueError(f'rope_layout="half" needs an even state_size, got {state_size}')
         self.num_heads = num_heads
         self.head_dim = head_dim
         self.state_size = state_size
