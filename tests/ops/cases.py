@@ -64,7 +64,8 @@ class Case:
         sequences = {n: leaf(n, (batch, length, *s)) for n, s in self.sequences.items()}
         weights = {n: leaf(n, s) for n, s in self.weights.items()}
         state = leaf("state", (states or batch, *self.state))
-        state.data[:, : self.angles].abs_()
+        if self.angles:
+            state.data[:, : self.angles].abs_()
         return sequences, weights, state
 
 

@@ -340,6 +340,7 @@ RANKS = torch.ones(H, 2, P)
         ({"mask": torch.ones(2, 5)}, r"mask must be a bool tensor"),
         ({"seq_idx": torch.ones(2, 4, dtype=torch.long)}, r"seq_idx must be an integer tensor"),
         ({"cu_seqlens": torch.tensor([0, 5])}, r"expected B=1, got B=2"),
+        ({"initial_state": STATE.ssm}, r"initial_state must be a Mamba3State, got Tensor"),
         ({"initial_state": STATE._replace(angle=STATE.angle[..., :1])},
          r"initial_state\.angle must have shape \(2, 4, 2\), got \(2, 4, 1\)"),
         ({"initial_state": STATE._replace(ssm=STATE.ssm[..., :5])}, r"initial_state\.ssm must"),

@@ -205,10 +205,10 @@ def _check(
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
 
 
-def _check_state(
-    state: Mamba3State, rows: int, x: Tensor, B: Tensor, angles: Tensor | None
-) -> None:
+def _check_state(state: object, rows: int, x: Tensor, B: Tensor, angles: Tensor | None) -> None:
     """Raise `ValueError` where a part of the state does not fit the inputs."""
+    if not isinstance(state, Mamba3State):
+        raise ValueError(f"initial_state must be a Mamba3State, got {type(state).__name__}")
     heads, head_dim = x.shape[2:]
     ranks, _, states = B.shape[2:]
     pairs = 0 if angles is None else angles.shape[2]

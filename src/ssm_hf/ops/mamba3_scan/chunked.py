@@ -25,7 +25,7 @@ class Inputs(NamedTuple):
     exponent: Tensor  # (c, B, Q, H), Δ A
     scale: Tensor  # (c, B, Q, H), weight of x ⊗ k in the states that later tokens read
     own: Tensor  # (c, B, Q, H), its weight in the token's own output
-    angle: Tensor | None  # (c, B, H, S), θ before the chunk
+    angle: Tensor | None  # (c, B, H, S), θ before the chunk; documents do not reset it
     state: Tensor  # (B, H, P, N) before the first chunk
     B_bias: Tensor | None  # (H, R, N)
     C_bias: Tensor | None  # (H, R, N)
@@ -50,8 +50,6 @@ class _Chunks(NamedTuple):
     from_entry: Tensor  # (n, Q, 1), decay from the chunk's start to token t
     to_exit: Tensor  # (n, Q, 1), decay from token s to the chunk's end
     whole: Tensor  # (c, B, H, 1, 1), decay over the chunk
-    same: Tensor | None  # (c, B, 1, Q, Q), 1 where s <= t lies in the document of t
-    entered: Tensor | None  # (c, B, 1, Q, 1), 1 in the document that entered the chunk
 
 
 def _rows(v: Tensor, factor: Tensor) -> Tensor:
@@ -79,20 +77,6 @@ def _turn(v: Tensor, cos: Tensor, sin: Tensor) -> None:
     a.copy_(turned)
 
 
-def _running(phi: Tensor, same: Tensor | None) -> Tensor:
-    """Sums over a document's tokens within the chunk, dimension -2; fp64 keeps TF32 away."""
-    if same is None:
-        return phi.cumsum(dim=-2)
-    return torch.matmul(same, phi.double()).to(phi.dtype)
-
-
-def _remaining(dtheta: Tensor, same: Tensor | None) -> Tensor:
-    """The transpose of `_running`."""
-    if same is None:
-        return dtheta.flip(-2).cumsum(dim=-2).flip(-2)
-    return torch.matmul(same.transpose(-1, -2), dtheta.double()).to(dtheta.dtype)
-
-
 def _heads_first(v: Tensor) -> Tensor:
     """(c, B, Q, H, ...) -> (c, B, H, Q, ...)."""
     return v.transpose(2, 3)
@@ -102,12 +86,10 @@ def _form(inputs: Inputs, doc: Tensor | None, i: slice) -> _Chunks:
     dtype = inputs.state.dtype
     exponent = _heads_first(inputs.exponent[i])
     tokens = exponent.shape[3]
-    same = entered = before = now = None
+    before = now = None
     if doc is not None:
         # The document before the first chunk is number 0: it continues the initial state.
         before, now = F.pad(doc[:, :, -1], (0, 0, 1, 0))[:-1][i], doc[i]
-        same = (now[..., :, None] == now[..., None, :]).tril().double()[:, :, None]
-        entered = (now == before[..., None])[:, :, None, :, None].to(dtype)
     decay, from_entry, to_exit, whole = chunk_decays(exponent[..., None], now, before)
     decay = decay.flatten(0, 3)
     decay.diagonal(dim1=1, dim2=2).zero_()
@@ -117,9 +99,7 @@ def _form(inputs: Inputs, doc: Tensor | None, i: slice) -> _Chunks:
     cos = sin = None
     if inputs.turn is not None and inputs.angle is not None:
         phi = inputs.turn[i][:, :, None] * _heads_first(inputs.delta[i])[..., None]
-        entry = inputs.angle[i][:, :, :, None]
-        theta = _running(phi, same) + (entry if entered is None else entry * entered)
-        theta = theta.flatten(0, 2)[:, :, None]
+        theta = (inputs.angle[i][:, :, :, None] + phi.cumsum(dim=3)).flatten(0, 2)[:, :, None]
         cos, sin = theta.cos(), theta.sin()
 
     def rotated(v: Tensor, bias: Tensor | None) -> Tensor:
@@ -150,8 +130,6 @@ def _form(inputs: Inputs, doc: Tensor | None, i: slice) -> _Chunks:
         from_entry=from_entry.flatten(0, 2)[..., 0],
         to_exit=to_exit.flatten(0, 2)[..., 0],
         whole=whole[..., 0],
-        same=same,
-        entered=entered,
     )
 
 
@@ -352,9 +330,8 @@ def _angles_backward(
         dtheta.add_((a * db).addcmul_(b, da, value=-1).sum(dim=2))
         _turn(du, k.cos, -k.sin)
     dtheta = dtheta.view(*k.x.shape[:4], s)
-    entering = dtheta if k.entered is None else dtheta * k.entered
-    grads.angle[i] = entering.sum(dim=3)
-    dphi = _remaining(dtheta, k.same)
+    grads.angle[i] = dtheta.sum(dim=3)
+    dphi = dtheta.flip(3).cumsum(dim=3).flip(3)
     delta, turn = _heads_first(inputs.delta[i]), inputs.turn[i][:, :, None]
     grads.turn[i] = (dphi * delta[..., None]).sum(dim=2)
     grads.delta[i] = _heads_first((dphi * turn).sum(dim=-1))

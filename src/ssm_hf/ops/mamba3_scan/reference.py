@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssm_hf.ops.linear_scan.reference import linear_scan_parallel
 from ssm_hf.ops.mamba3_scan.chunked import Inputs, chunked_scan
 from ssm_hf.ops.packing import (
     compute_dtype,
@@ -290,23 +289,27 @@ def _neighbours(lag: Tensor, doc: Tensor | None, mask: Tensor | None) -> tuple[T
 
 def _chunk_angles(
     turn: Tensor, delta: Tensor, doc: Tensor | None, angle: Tensor
-) -> tuple[Tensor, Tensor]:
-    """θ before each chunk (c, B, H, S) and after the last one (B, H, S), from `angle` (B, H, S).
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """θ before each chunk (c, B, H, S), and after the last token (B, H, S).
 
-    turn (c, B, Q, S), delta (c, B, Q, H), doc (c, B, Q). In fp64: sums over a long row would lose
-    digits that a phase needs.
+    Within a row only differences of angles matter, so θ before a chunk is counted from the row's
+    start. θ after the last token is counted from the start of its document, and with several
+    documents comes with what it differs by from the row's.
+
+    turn (c, B, Q, S), delta (c, B, Q, H), doc (c, B, Q), angle (B, H, S) before the row. In fp64:
+    sums over a long row would lose digits that a phase needs.
     """
-    step, stays = delta.double(), torch.ones_like(delta[:, :, 0, :1, None], dtype=torch.float64)
-    if doc is not None:
-        last = doc[:, :, -1:]
-        step = step * (doc == last)[..., None]
-        before = F.pad(last, (0, 0, 0, 0, 1, 0))[:-1]
-        stays = stays * (last == before)[..., None]
-    turned = torch.einsum("cbqs,cbqh->bchs", turn.double(), step)
-    stays = stays.transpose(0, 1).expand(turned.shape)
-    after, last = linear_scan_parallel(stays, turned, angle.double())
-    entry = torch.cat([angle.double()[:, None], after[:, :-1]], dim=1)
-    return wrap(entry).to(delta.dtype).transpose(0, 1), wrap(last).to(delta.dtype)
+    dtype, angle = delta.dtype, angle.double()
+    turn, delta = turn.double(), delta.double()
+    turned = torch.einsum("cbqs,cbqh->cbhs", turn, delta).cumsum(dim=0)
+    entry = wrap(torch.cat([angle[None], angle + turned[:-1]])).to(dtype)
+    through = angle + turned[-1]
+    if doc is None:
+        return entry, wrap(through).to(dtype), None
+    number = doc[-1, :, -1:]
+    here = delta * (doc == number)[..., None]
+    last = torch.einsum("cbqs,cbqh->bhs", turn, here) + angle * (number == 0)[..., None]
+    return entry, wrap(last).to(dtype), wrap(last - through).to(dtype)
 
 
 def mamba3_chunked(
@@ -325,7 +328,7 @@ def mamba3_chunked(
     mask: Tensor | None,
     chunk_size: int,
 ) -> tuple[Tensor, Mamba3State]:
-    """Vectorised path: the recurrence as one of SSD's kind, see `ChunkedScan`.
+    """Vectorised path: the recurrence as one of SSD's kind, see `chunked_scan`.
 
     delta (B, T, H) is Δ, 0 at pads; doc (B, T) canonical document numbers.
     """
@@ -361,11 +364,11 @@ def mamba3_chunked(
         chunk_doc = torch.cat([doc, doc[:, -1:].expand(-1, pad)], dim=1)
         chunk_doc = chunk_doc.unflatten(1, (-1, size)).transpose(0, 1)
     deltas = split(delta)
-    turn = angle = order = None
+    turn = angle = order = offset = None
     last_angle = state.angle.to(dtype)
     if angles is not None:
         turn = split(math.pi * torch.tanh(angles.to(dtype)))
-        angle, last_angle = _chunk_angles(turn, deltas, chunk_doc, last_angle)
+        angle, last_angle, offset = _chunk_angles(turn, deltas, chunk_doc, last_angle)
         order = _first_pairs(n, angles.shape[-1], rope_layout).to(x.device)
 
     def ordered(v: Tensor) -> Tensor:
@@ -398,6 +401,8 @@ def mamba3_chunked(
     y = y.transpose(0, 1).flatten(1, 2)[:, :length]
     if order is not None:
         ssm = ssm[..., order.argsort()]
+    if offset is not None:
+        ssm = rotate(ssm, offset[:, :, None], rope_layout)
 
     if mask is None:
         k, v = B[:, -1], x[:, -1]
