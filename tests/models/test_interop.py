@@ -361,3 +361,47 @@ def test_cache_works_under_autocast(model_type: str) -> None:
     # bf16 (4e-3) rounds differently in a step; neither may be further from fp32 than 3e-2.
     assert relative_error(whole, exact) < 3e-2
     assert relative_error(torch.cat(parts, dim=1), exact[:, 6:]) < 3e-2
+
+
+class LowRank(torch.nn.Module):
+    """A frozen linear layer with a low-rank addition, as adapters wrap it."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down = torch.nn.Linear(base.in_features, 2, bias=False).to(base.weight)
+        self.up = torch.nn.Linear(2, base.out_features, bias=False).to(base.weight)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.base, name) if name == "weight" else super().__getattr__(name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+@each_type
+def test_adapters_of_all_projections_are_obeyed_and_trained(model_type: str) -> None:
+    merged = build(model_type).double()
+    model = copy.deepcopy(merged)
+    for ours, theirs in zip(model.backbone.layers, merged.backbone.layers, strict=True):
+        for name, linear in list(ours.named_modules()):
+            if isinstance(linear, torch.nn.Linear) and not name.endswith("dt_proj"):
+                home, _, last = name.rpartition(".")
+                adapter = LowRank(linear)
+                setattr(ours.get_submodule(home), last, adapter)
+                theirs.get_submodule(name).weight.data += (
+                    adapter.up.weight.data @ adapter.down.weight.data
+                )
+    ids = some_ids()
+    # fp64 rounding; the loss is formed in fp32.
+    assert relative_error(model(ids).logits, merged(ids).logits) < 1e-10
+    for run in (model, merged):
+        run.train()(ids, labels=ids, use_cache=False, return_logits=False).loss.backward()
+    for ours, theirs in zip(model.backbone.layers, merged.backbone.layers, strict=True):
+        adapter = ours.mixer.in_proj
+        expected = theirs.mixer.in_proj.weight.grad @ adapter.down.weight.data.T
+        assert relative_error(adapter.up.weight.grad, expected) < 1e-5
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(
+        model.eval().generate(ids, **settings), merged.eval().generate(ids, **settings)
+    )
