@@ -6,6 +6,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ssm_hf.cache import CacheSnapshot, RecurrentCache, RecurrentLayer
+from ssm_hf.models.hybrid import HybridConfig, HybridForCausalLM, HybridModel, expand_pattern
 from ssm_hf.models.jamba import JambaConfig, JambaForCausalLM, JambaModel
 from ssm_hf.models.mamba import MambaConfig, MambaForCausalLM, MambaModel
 from ssm_hf.models.mamba2 import Mamba2Config, Mamba2ForCausalLM, Mamba2Model
@@ -24,6 +25,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CacheSnapshot",
+    "HybridConfig",
+    "HybridForCausalLM",
+    "HybridModel",
     "ImplementationUnavailableError",
     "JambaConfig",
     "JambaForCausalLM",
@@ -42,6 +46,7 @@ __all__ = [
     "SequenceInfo",
     "byte_tokenizer",
     "compile_ahead",
+    "expand_pattern",
     "implementation",
     "implementations",
     "print_implementations",
@@ -54,14 +59,17 @@ _NATIVE = (
     (Mamba2Config, Mamba2Model, Mamba2ForCausalLM),
     (JambaConfig, JambaModel, JambaForCausalLM),
 )
-_OWN = ((Mamba3Config, Mamba3Model, Mamba3ForCausalLM),)
+_OWN = (
+    (Mamba3Config, Mamba3Model, Mamba3ForCausalLM),
+    (HybridConfig, HybridModel, HybridForCausalLM),
+)
 
 
 def register(*, override: bool = False) -> None:
     """Let transformers' Auto classes use our models.
 
-    Model types of our own (`mamba3`) are registered by the import already, unless another library
-    has taken the name before. With `override=True`, `AutoConfig`, `AutoModel` and
+    Model types of our own (`mamba3`, `ssm_hybrid`) are registered by the import already, unless
+    another library has taken the name before. With `override=True`, `AutoConfig`, `AutoModel` and
     `AutoModelForCausalLM` take our classes in this process, for the types that transformers has
     itself, `mamba`, `mamba2` and `jamba`, too; without it nothing changes for others.
     """

@@ -6,6 +6,7 @@ has another reading of `mamba3`. Parameters inside the mixers have the same name
 
 import dataclasses
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,17 +15,19 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from ssm_hf.models.configuration import INEXPRESSIBLE
+from ssm_hf.models.hybrid import HybridConfig, HybridForCausalLM
 from ssm_hf.models.mamba import MambaConfig, MambaForCausalLM
 from ssm_hf.models.mamba2 import Mamba2Config, Mamba2ForCausalLM
 from ssm_hf.models.mamba3 import ASSUMED_ACTIVATION, Mamba3Config, Mamba3ForCausalLM
 
 logger = logging.getLogger("ssm_hf")
 
-OurConfig = MambaConfig | Mamba2Config | Mamba3Config
+OurConfig = MambaConfig | Mamba2Config | Mamba3Config | HybridConfig
 MODELS: dict[type[OurConfig], Any] = {
     MambaConfig: MambaForCausalLM,
     Mamba2Config: Mamba2ForCausalLM,
     Mamba3Config: Mamba3ForCausalLM,
+    HybridConfig: HybridForCausalLM,
 }
 
 # Top level of mamba_ssm's config.json and its defaults; older files lack some fields.
@@ -89,6 +92,27 @@ _OPTIONS: dict[str, _Options] = {
         "mimo_rank": ("mimo_rank", 4),
     },
 }
+# Of Mamba-2, only as blocks of a hybrid.
+_MAMBA2_AS_BLOCK: _Options = {
+    "d_ssm": ("d_ssm", None),
+    "D_has_hdim": ("D_per_channel", False),
+    "rmsnorm": ("norm", True),
+    "norm_before_gate": ("norm_before_gate", False),
+}
+# Of the attention layers among them, attn_cfg.
+_ATTENTION: _Options = {
+    "num_heads": ("num_heads", None),
+    "num_heads_kv": ("num_kv_heads", None),
+    "head_dim": ("head_dim", None),
+    "softmax_scale": ("scaling", None),
+    "d_conv": ("conv_kernel", 0),
+    "rotary_emb_dim": ("rotary_dim", 0),
+    "rotary_emb_base": ("rope_theta", 10000.0),
+    "qkv_proj_bias": ("use_bias", True),
+    "out_proj_bias": ("use_out_bias", True),
+}
+# The only values of other options of attn_cfg.
+_ATTENTION_FIXED = {"causal": True, "mlp_dim": 0, "rotary_emb_interleaved": False}
 _LAYERS: dict[type[OurConfig], str] = {
     MambaConfig: "Mamba1",
     Mamba2Config: "Mamba2",
@@ -173,19 +197,17 @@ def _from_mamba_ssm(source: Mapping[str, Any], origin: str, A_activation: str | 
     layer = options.get("layer", "Mamba1")
     if layer not in _OPTIONS:
         raise ValueError(f"{origin}: ssm_cfg has layer={layer!r}, supported are {list(_OPTIONS)}")
-    for key in ("rms_norm", "d_intermediate", "attn_layer_idx"):
-        if layer != "Mamba3" or key != "d_intermediate":
-            _refuse_inexpressible(key, fields[key], origin)
+    _refuse_inexpressible("rms_norm", fields["rms_norm"], origin)
+    hybrid = bool(fields["attn_layer_idx"]) or (layer != "Mamba3" and fields["d_intermediate"] != 0)
 
     table = _OPTIONS[layer]
     for key, value in options.items():
         if key in table or key in _OPTIONS_WITHOUT_EFFECT or key == "layer":
             continue
-        if layer == "Mamba2" and key in INEXPRESSIBLE:
+        if layer == "Mamba2" and key in _MAMBA2_AS_BLOCK:
             # All inner channels by another name.
-            if key == "d_ssm" and value == options.get("expand", 2) * fields["d_model"]:
-                continue
-            _refuse_inexpressible(key, value, origin)
+            whole = key == "d_ssm" and value == options.get("expand", 2) * fields["d_model"]
+            hybrid |= not whole and value not in INEXPRESSIBLE[key]
             continue
         raise ValueError(
             f"{origin}: ssm_cfg has an unknown option {key}={value!r} of {layer}; "
@@ -207,6 +229,8 @@ def _from_mamba_ssm(source: Mapping[str, Any], origin: str, A_activation: str | 
         "tie_word_embeddings": fields["tie_embeddings"],
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), END_OF_TEXT),
     }
+    if hybrid:
+        return _hybrid_from_mamba_ssm(fields, layer, values, origin, A_activation)
     inner = values["expand"] * fields["d_model"]
     if "head_dim" in values and inner % values["head_dim"]:
         raise ValueError(
@@ -222,6 +246,61 @@ def _from_mamba_ssm(source: Mapping[str, Any], origin: str, A_activation: str | 
     if layer == "Mamba1":
         return _built(MambaConfig, values, origin)
     return _built(Mamba2Config, {"num_heads": inner // values["head_dim"], **values}, origin)
+
+
+def _hybrid_from_mamba_ssm(
+    fields: Mapping[str, Any],
+    layer: str,
+    values: Mapping[str, Any],
+    origin: str,
+    A_activation: str | None,
+) -> OurConfig:
+    """Attention among the layers, MLPs behind them, or options that no other format has."""
+    kind, options, layers = layer.lower(), fields["ssm_cfg"], fields["n_layer"]
+    mixer = {name: values[name] for name, _ in _OPTIONS[layer].values()}
+    if layer == "Mamba1" and mixer["time_step_rank"] == "auto":
+        mixer["time_step_rank"] = None
+    if layer == "Mamba2":
+        mixer |= {name: options.get(key, d) for key, (name, d) in _MAMBA2_AS_BLOCK.items()}
+        if tuple(mixer["time_step_limit"]) == (0.0, float("inf")):
+            mixer["time_step_limit"] = None
+    if layer == "Mamba3":
+        mixer = _mamba3_values(mixer, origin, A_activation or mixer["A_activation"])
+    by_kind: dict[str, Any] = {kind: mixer}
+    places = fields["attn_layer_idx"]
+    if places:
+        if any(i not in range(layers) for i in places) or len(set(places)) != len(places):
+            raise ValueError(
+                f"{origin}: attn_layer_idx must name layers from 0 to {layers - 1} once each, got "
+                f"{places}"
+            )
+        given = fields["attn_cfg"]
+        for key, value in given.items():
+            if key in _ATTENTION_FIXED and value == _ATTENTION_FIXED[key]:
+                continue
+            if key not in _ATTENTION:
+                raise ValueError(
+                    f"{origin} asks for {key}={value!r} in attn_cfg, which our formats cannot "
+                    f"express; known are {sorted(_ATTENTION)}"
+                )
+        if "num_heads" not in given:
+            raise ValueError(f"{origin}: attn_cfg must say num_heads")
+        if not given.get("causal", False):
+            raise ValueError(
+                f"{origin}: attn_cfg must have causal=true, or it is no language model"
+            )
+        by_kind["attention"] = {name: given.get(key, d) for key, (name, d) in _ATTENTION.items()}
+    blocks = []
+    for index in range(layers):
+        blocks.append("attention" if index in places else kind)
+        if fields["d_intermediate"]:
+            blocks.append("mlp")
+            by_kind["mlp"] = {"intermediate_size": fields["d_intermediate"]}
+    named = {name: values[name] for name in values if name in _HYBRID_FIELDS}
+    return _built(HybridConfig, {**named, "blocks": blocks, "options": by_kind}, origin)
+
+
+_HYBRID_FIELDS = {field.name for field in dataclasses.fields(HybridConfig)}
 
 
 def _from_fla(source: Mapping[str, Any], origin: str, A_activation: str | None) -> OurConfig:
@@ -285,6 +364,10 @@ def to_mamba_ssm(config: OurConfig, origin: str = "config.json") -> dict[str, An
     Raises:
         ValueError: the model has an option that mamba_ssm has not; it is named.
     """
+    if type(config) not in _LAYERS:
+        raise ValueError(
+            f"{origin}: the way back to mamba_ssm is not made for {config.model_type!r}"
+        )
     layer = _LAYERS[type(config)]
     values = {**config.to_dict(), "is_mimo": getattr(config, "mimo_rank", 1) > 1}
     options = {key: values[ours] for key, (ours, _) in _OPTIONS[layer].items()}
@@ -341,7 +424,12 @@ def convert_state_dict(
     with torch.device("meta"):
         model = MODELS[type(config)](config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    weights = {_RENAMED.get(name, name): tensor for name, tensor in source.items()}
+    renamed = {**_RENAMED, **(_split_layers(source) if isinstance(config, HybridConfig) else {})}
+    weights = {
+        renamed.get(name, name): tensor
+        for name, tensor in source.items()
+        if not name.endswith("rotary_emb.inv_freq")  # a constant that some files hold
+    }
     if config.tie_word_embeddings:
         del expected[_HEAD]
         head = weights.pop(_HEAD, None)
@@ -350,7 +438,7 @@ def convert_state_dict(
                 f"{origin}: tie_embeddings is true, but {_HEAD} differs from "
                 "backbone.embedding.weight"
             )
-    old_names = {} if _EMBEDDING in source else {new: old for old, new in _RENAMED.items()}
+    old_names = {} if _EMBEDDING in source else {new: old for old, new in renamed.items()}
     for what, names in (
         ("lacks", expected.keys() - weights.keys()),
         ("has unexpected", weights.keys() - expected.keys()),
@@ -366,6 +454,23 @@ def convert_state_dict(
                 f"but config.json asks for {shape}{padded if name in (_EMBEDDING, _HEAD) else ''}"
             )
     return weights
+
+
+def _split_layers(source: Mapping[str, Tensor]) -> dict[str, str]:
+    """Names of layers with an MLP, {theirs: ours}: two blocks of ours each."""
+    found = [(name, _LAYER.fullmatch(name)) for name in source]
+    if not any(match and match[2] == "norm2" for _, match in found):
+        return {}
+    renamed = {}
+    for name, match in found:
+        if match is not None:
+            second = match[2] in ("norm2", "mlp")
+            part = {"norm2": "norm", "mlp": "mixer"}.get(match[2], match[2])
+            renamed[name] = f"backbone.layers.{2 * int(match[1]) + second}.{part}.{match[3]}"
+    return renamed
+
+
+_LAYER = re.compile(r"backbone\.layers\.(\d+)\.(norm2|norm|mixer|mlp)\.(.+)")
 
 
 def state_dict_of_mamba_ssm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -264,9 +264,9 @@ class GeneratingMixin:
         """Zeros for the states that stand before a first token, where the cache has none."""
         if cache.has_previous_state():
             return
+        weight: Tensor = self.get_output_embeddings().weight
         for mixer in self.modules():
             if isinstance(mixer, Mixer):
-                weight = next(m.weight for m in mixer.modules() if isinstance(m, torch.nn.Linear))
                 layer = cache.layers[mixer.layer_idx]
                 mixer.begin(layer, batch, weight.dtype, weight.device, torch.empty)
         states = [t for layer in cache.layers for t in layer.state.values()]
