@@ -13,7 +13,7 @@ from tests.helpers import relative_error
 from tests.ops.cases import CASES, Case, document_by_document
 
 # fp64 rounding over at most 200 additions, with decays below 1.
-TOLERANCE = 1e-11
+TOLERANCE = 1e-12
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 

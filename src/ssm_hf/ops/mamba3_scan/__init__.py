@@ -108,7 +108,7 @@ def mamba3_scan(
         ValueError: shapes or packing arguments disagree.
         ImplementationUnavailableError: `impl="triton"` cannot run.
 
-    Source: Lahoti et al. 2026, "Mamba-3", section 3.
+    Source: Lahoti et al. 2026, "Mamba-3" (arXiv 2603.15569).
     """
     _check(
         x, dt, A, trap, B, C, angles, D, z, B_bias, C_bias, mimo_x, mimo_z, mimo_o, dt_bias,

@@ -40,7 +40,7 @@ class Mamba3State(NamedTuple):
 def wrap(angle: Tensor) -> Tensor:
     """Angle in [0, 2 pi), in its dtype.
 
-    By way of fp64: 2 pi rounded to fp32 is 1.7e-7 too large, an error that grows with every turn.
+    By way of fp64: 2 pi rounded to fp32 is 1.7e-7 too large, and that adds up turn by turn.
     """
     turn = 2 * math.pi
     wrapped = torch.remainder(angle.double(), turn).to(angle.dtype)
@@ -177,7 +177,7 @@ def mamba3_scan_recurrent(
 ) -> tuple[Tensor, Mamba3State]:
     """The definition, one token at a time; arguments as `mamba3_scan`, without packing and masks.
 
-    Source: Lahoti et al. 2026, section 3.
+    Source: Lahoti et al. 2026, "Mamba-3" (arXiv 2603.15569).
     """
     state, outputs = initial_state, []
     for t in range(x.shape[1]):
