@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.models.auto import configuration_auto, modeling_auto
 
-from ssm_hf import JambaConfig, Mamba2Config, Mamba3Config, MambaConfig
+from ssm_hf import HybridConfig, JambaConfig, Mamba2Config, Mamba3Config, MambaConfig
 from ssm_hf.cache import KVLayer, RecurrentLayer
 
 _TINY = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 16}
@@ -27,6 +28,19 @@ def tiny(model_type: str, **overrides: object) -> PreTrainedConfig:
         if model_type == "mamba3-mimo":
             own |= {"mimo_rank": 2, "output_norm": True}
         return Mamba3Config(**{**_TINY, **own, **overrides})
+    if model_type == "ssm_hybrid":
+        given = dict(overrides)
+        mamba2 = {"head_dim": 8, "state_size": given.pop("state_size", 16), "n_groups": 2,
+                  "chunk_size": 4}  # fmt: skip
+        attention = {"num_heads": 4, "num_kv_heads": 2, "rotary_dim": 4, "conv_kernel": 4}
+        window = {"num_heads": 4, "window": 5}
+        options = {"mamba2": mamba2, "attention": attention, "sliding_attention": window}
+        if given.pop("use_bias", False):
+            for of_kind in options.values():
+                of_kind["use_bias"] = True
+        blocks = ["mamba2", "attention", "sliding_attention"][: given.pop("num_hidden_layers", 3)]
+        sizes = {"vocab_size": 96, "hidden_size": 32, "blocks": blocks, "options": options}
+        return HybridConfig(**{**sizes, **given})
     if model_type == "jamba":
         own = {"intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
                "num_experts": 4, "expert_layer_offset": 0, "attn_layer_period": 3,
@@ -37,6 +51,21 @@ def tiny(model_type: str, **overrides: object) -> PreTrainedConfig:
         return JambaConfig(**{**sizes, **own, **given})
     heads = {"num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 4}
     return Mamba2Config(**{**_TINY, **heads, **overrides})
+
+
+class Names(NamedTuple):
+    """What a family calls its parts."""
+
+    backbone: str = "backbone"
+    embeddings: str = "embeddings"
+    last_norm: str = "norm_f"
+    mixer: str = "mixer"  # of the first layer
+
+
+def names_of(model_type: str) -> Names:
+    if model_type == "jamba":
+        return Names("model", "embed_tokens", "final_layernorm", "mamba")
+    return Names()
 
 
 @torch.no_grad()

@@ -7,13 +7,21 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from ssm_hf import Mamba2ForCausalLM, Mamba3ForCausalLM, MambaForCausalLM, RecurrentCache
+from ssm_hf import (
+    HybridForCausalLM,
+    Mamba2ForCausalLM,
+    Mamba3ForCausalLM,
+    MambaForCausalLM,
+    RecurrentCache,
+)
+from ssm_hf.cache import KVLayer
 from tests.helpers import randomize_, tiny
 
 CLASSES = {
     "mamba": MambaForCausalLM,
     "mamba2": Mamba2ForCausalLM,
     "mamba3": Mamba3ForCausalLM,
+    "ssm_hybrid": HybridForCausalLM,
     "mamba3-mimo": Mamba3ForCausalLM,
 }
 # The laws of mixers cover the rest of what several streams change.
@@ -234,8 +242,15 @@ def test_forward_returns_the_cache_under_both_names(model: PreTrainedModel) -> N
 
 @torch.no_grad()
 def test_cache_size_is_independent_of_length(model: PreTrainedModel) -> None:
-    sizes = {model(_ids(2, n)).past_key_values.nbytes for n in (1, 10, 300)}
+    caches = [model(_ids(2, n)).past_key_values for n in (1, 10, 300)]
+    # All but the keys and values of full attention, which come by powers of two.
+    sizes, slots = set(), set()
+    for cache in caches:
+        growing = [x for x in cache.layers if isinstance(x, KVLayer) and x.window is None]
+        slots.update(layer.slots for layer in growing)
+        sizes.add(cache.nbytes - sum(layer.nbytes for layer in growing))
     assert len(sizes) == 1
+    assert slots == ({64, 512} if model.config.model_type == "ssm_hybrid" else set())
 
 
 @torch.no_grad()

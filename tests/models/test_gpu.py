@@ -7,7 +7,13 @@ import torch
 from transformers import GenerationConfig
 
 import ssm_hf
-from ssm_hf import Mamba2ForCausalLM, Mamba3ForCausalLM, MambaForCausalLM
+from ssm_hf import (
+    HybridForCausalLM,
+    JambaForCausalLM,
+    Mamba2ForCausalLM,
+    Mamba3ForCausalLM,
+    MambaForCausalLM,
+)
 from tests.helpers import randomize_, relative_error, tiny
 from training.graph import GraphedPass
 
@@ -19,6 +25,8 @@ CLASSES = {
     "mamba": MambaForCausalLM,
     "mamba2": Mamba2ForCausalLM,
     "mamba3": Mamba3ForCausalLM,
+    "jamba": JambaForCausalLM,
+    "ssm_hybrid": HybridForCausalLM,
     "mamba3-mimo": Mamba3ForCausalLM,
 }
 

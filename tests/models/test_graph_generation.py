@@ -25,7 +25,13 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from ssm_hf import Mamba2ForCausalLM, Mamba3ForCausalLM, MambaForCausalLM, RecurrentCache
+from ssm_hf import (
+    HybridForCausalLM,
+    Mamba2ForCausalLM,
+    Mamba3ForCausalLM,
+    MambaForCausalLM,
+    RecurrentCache,
+)
 from ssm_hf.generation import forget_graphs, graphs, prefill, select, session
 from ssm_hf.generation.graphs import graphs_of
 from tests.helpers import kernel_device, randomize_, tiny
@@ -34,6 +40,7 @@ CLASSES = {
     "mamba": MambaForCausalLM,
     "mamba2": Mamba2ForCausalLM,
     "mamba3": Mamba3ForCausalLM,
+    "ssm_hybrid": HybridForCausalLM,
 }
 DEVICE = kernel_device()
 gpu = [

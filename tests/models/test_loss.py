@@ -5,13 +5,21 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ssm_hf import Mamba2ForCausalLM, Mamba3ForCausalLM, MambaForCausalLM
+from ssm_hf import (
+    HybridForCausalLM,
+    JambaForCausalLM,
+    Mamba2ForCausalLM,
+    Mamba3ForCausalLM,
+    MambaForCausalLM,
+)
 from tests.helpers import randomize_, relative_error, tiny
 
 CLASSES = {
     "mamba": MambaForCausalLM,
     "mamba2": Mamba2ForCausalLM,
     "mamba3": Mamba3ForCausalLM,
+    "jamba": JambaForCausalLM,
+    "ssm_hybrid": HybridForCausalLM,
 }
 # Both losses are formed in fp32, and sum in another order.
 TOLERANCE = 2e-6

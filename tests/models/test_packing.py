@@ -5,7 +5,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ssm_hf import Mamba2ForCausalLM, Mamba3ForCausalLM, MambaForCausalLM
+from ssm_hf import (
+    HybridForCausalLM,
+    JambaForCausalLM,
+    Mamba2ForCausalLM,
+    Mamba3ForCausalLM,
+    MambaForCausalLM,
+)
 from ssm_hf.models.backbone import shift_labels
 from ssm_hf.sequence import SequenceInfo
 from tests.helpers import randomize_, relative_error, tiny
@@ -14,6 +20,8 @@ CLASSES = {
     "mamba": MambaForCausalLM,
     "mamba2": Mamba2ForCausalLM,
     "mamba3": Mamba3ForCausalLM,
+    "jamba": JambaForCausalLM,
+    "ssm_hybrid": HybridForCausalLM,
 }
 LENGTHS = (5, 1, 9, 2)
 TOTAL = sum(LENGTHS)

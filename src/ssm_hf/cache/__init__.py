@@ -22,6 +22,7 @@ __all__ = [
     "State",
     "StatelessLayer",
     "kept_dtype",
+    "layer_classes",
 ]
 
 
@@ -33,13 +34,19 @@ class CacheSnapshot(NamedTuple):
 
 
 # By transformers' words for what a layer is.
-_LAYERS = {
+_LAYERS: dict[str, type[RecurrentLayer]] = {
     "linear_attention": RecurrentLayer,
     "full_attention": KVLayer,
     "sliding_attention": KVLayer,
     "mlp": StatelessLayer,
     "moe": StatelessLayer,
 }
+
+
+def layer_classes(config: PreTrainedConfig) -> list[type[RecurrentLayer]]:
+    """What each block of a model keeps its state in, by the config's `layer_types`."""
+    kinds: list[str] = config.layer_types  # pyright: ignore[reportAttributeAccessIssue]
+    return [_LAYERS[kind] for kind in kinds]
 
 
 class RecurrentCache(Cache):
@@ -67,8 +74,7 @@ class RecurrentCache(Cache):
         if state_dtype is not None and not state_dtype.is_floating_point:
             raise ValueError(f"state_dtype must be a floating-point dtype, got {state_dtype}")
         self.seen_tokens = 0
-        kinds: list[str] = config.layer_types  # pyright: ignore[reportAttributeAccessIssue]
-        layers = [_LAYERS[kind](record_window, state_dtype) for kind in kinds]
+        layers = [kind(record_window, state_dtype) for kind in layer_classes(config)]
         super().__init__(layers=layers)  # pyright: ignore[reportArgumentType]
 
     @classmethod

@@ -418,6 +418,7 @@ class FusedAttention(AttentionMixer):
         inner = self.num_heads * self.head_dim
         width = inner + 2 * self.num_kv_heads * self.head_dim
         self.in_proj = Linear(hidden_size, width, bias=use_bias)
+        self.conv_kernel = conv_kernel
         self.conv1d = None
         if conv_kernel:
             self.conv1d = CausalConv1d(width, conv_kernel, bias=use_conv_bias, activation=None)
@@ -437,8 +438,8 @@ class FusedAttention(AttentionMixer):
         """Keys and values, numbers of tokens, and the last K-1 inputs of the convolution."""
         shapes = super().state_shapes(batch)
         if self.conv1d is not None:
-            taps = self.conv1d.kernel_size[0]
-            shapes["conv_state"] = (batch, taps - 1, self.in_proj.out_features)
+            width = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+            shapes["conv_state"] = (batch, self.conv_kernel - 1, width)
         return shapes
 
     def flops_per_token(self, sequence_length: int) -> int:
@@ -496,14 +497,23 @@ def _shared(seq: SequenceInfo, key: Any, make: Callable[[], Any]) -> Any:
 
 
 def _positions(seq: SequenceInfo, own: Places, before: Tensor | None) -> Tensor:
-    """Positions (B, T), or (1, T), by which tokens are rotated: as given, or counted."""
-    if seq.position_ids is not None:
-        return seq.position_ids
-    if before is None:
-        return own.rank
+    """Positions (B, T), or (1, T), by which tokens are rotated: by their distances as given, or
+    counted. The first real token of a call follows what is cached, at the position `before` (B,).
+    """
+    if seq.position_ids is None:
+        position, after = own.rank, before
+    else:
+        position = seq.position_ids
+        if seq.mask is None:
+            first = position[:, 0]
+        else:
+            first = position.gather(1, seq.mask.int().argmax(dim=1, keepdim=True))[:, 0]
+        after = -first if before is None else before - first
+    if after is None:
+        return position
     if own.doc is None:
-        return own.rank + before[:, None]
-    return own.rank + torch.where(own.doc == 0, before[:, None], 0)
+        return position + after[:, None]
+    return position + torch.where(own.doc == 0, after[:, None], 0)
 
 
 def _next_position(seq: SequenceInfo, position: Tensor, before: Tensor | None) -> Tensor:

@@ -312,7 +312,7 @@ class BackboneMixin:
         if use_cache and past_key_values is None:
             past_key_values = RecurrentCache(config)
         if past_key_values is not None:
-            check_cache(past_key_values, len(blocks))
+            check_cache(past_key_values, config)
         if sequence_info is None:
             sequence_info = SequenceInfo.from_inputs(
                 x.shape[0],
@@ -458,7 +458,7 @@ class CausalLMMixin(GeneratingMixin):
         if shaped.ndim != expected.count(",") + 1:
             raise ValueError(f"{name} must have shape {expected}, got {tuple(shaped.shape)}")
         if past_key_values is not None:
-            check_cache(past_key_values, self.config.num_hidden_layers)
+            check_cache(past_key_values, self.config)
         if labels is not None and labels.shape != shaped.shape[:2]:
             raise ValueError(
                 f"labels must have shape {tuple(shaped.shape[:2])}, got {tuple(labels.shape)}"

@@ -4,12 +4,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedConfig,
+    StoppingCriteriaList,
+)
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ssm_hf.cache import RecurrentCache
+from ssm_hf.cache import RecurrentCache, layer_classes
 from ssm_hf.generation import (
     Piece,
     Request,
@@ -39,17 +44,24 @@ _KNOWN = {
 }
 
 
-def check_cache(cache: Any, num_layers: int) -> None:
-    """Raise `ValueError` unless `cache` is a `RecurrentCache` of so many layers."""
+def check_cache(cache: Any, config: PreTrainedConfig) -> None:
+    """Raise `ValueError` unless `cache` is a `RecurrentCache` with layers of the config's kinds."""
     if not isinstance(cache, RecurrentCache):
         raise ValueError(
             f"past_key_values must be an ssm_hf.RecurrentCache, got {type(cache).__name__}"
         )
-    if len(cache.layers) != num_layers:
+    needed = layer_classes(config)
+    if len(cache.layers) != len(needed):
         raise ValueError(
             f"past_key_values belongs to another model: it has {len(cache.layers)} layers, this "
-            f"model has {num_layers}"
+            f"model has {len(needed)}"
         )
+    for index, (layer, kind) in enumerate(zip(cache.layers, needed, strict=True)):
+        if type(layer) is not kind:
+            raise ValueError(
+                f"past_key_values belongs to another model: layer {index} is a "
+                f"{type(layer).__name__}, this model needs a {kind.__name__}"
+            )
 
 
 def one_cache(
@@ -95,7 +107,7 @@ class GeneratingMixin:
         if cache is not None:
             if implementation is not None:
                 raise ValueError("pass either cache_implementation or past_key_values, not both")
-            check_cache(cache, self.config.num_hidden_layers)
+            check_cache(cache, self.config)
             cache._is_user_defined = True  # pyright: ignore[reportAttributeAccessIssue]
         elif generation_config.use_cache is not False:
             cache = RecurrentCache(self.config)

@@ -178,6 +178,14 @@ class HybridConfig(NativeConfigMixin):
         """transformers' words for what each block keeps between calls."""
         return [_LAYER_TYPES[_kind(block)] for block in self.blocks]
 
+    @property
+    def sliding_window(self) -> int | None:
+        """The first sliding attention's window, for those who ask with transformers' word."""
+        for index, kind in enumerate(self.layer_types):
+            if kind == "sliding_attention":
+                return self.block_options(index)[1]["window"]
+        return None
+
     def validate_layer_type(self) -> None:
         """Blocks are checked by `validate_architecture`; transformers knows fewer kinds."""
 
