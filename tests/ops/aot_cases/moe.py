@@ -13,6 +13,7 @@ def aot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "experts, fp32", lambda: _experts(300, 192, 256, 6, 2, torch.float32)
     yield "experts, odd sizes", lambda: _experts(4096, 200, 100, 6, 3, torch.float16, gated=False)
     yield "one token", lambda: _experts(1, 768, 2048, 16, 2, torch.bfloat16)
+    yield "ones", lambda: _experts(1, 1, 1, 1, 1, torch.float32, gated=False)
     yield "router, softmax", lambda: _route(16, 2)
     yield "router, renormalised", lambda: _route(40, 8, renormalise=True)
     yield (
