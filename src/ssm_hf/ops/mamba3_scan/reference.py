@@ -256,15 +256,13 @@ def mamba3_scan_torch(
     return run(x, dt, A, trap, B, C, angles, z, initial_state, mask)
 
 
-def _first_pairs(n: int, s: int, rope_layout: str) -> Tensor:
+def _first_pairs(n: int, s: int, rope_layout: str, device: torch.device) -> Tensor:
     """Index (N,) that puts the rotated pairs at (i, i + S) and the rest behind them."""
+    place = torch.arange(n, device=device)
     if rope_layout == "pairwise":
-        return torch.cat(
-            [torch.arange(0, 2 * s, 2), torch.arange(1, 2 * s, 2), torch.arange(2 * s, n)]
-        )
+        return torch.cat([place[: 2 * s : 2], place[1 : 2 * s : 2], place[2 * s :]])
     half = n // 2
-    parts = [(0, s), (half, half + s), (s, half), (half + s, n)]
-    return torch.cat([torch.arange(*part) for part in parts])
+    return torch.cat([place[:s], place[half : half + s], place[s:half], place[half + s :]])
 
 
 def _neighbours(lag: Tensor, doc: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -369,7 +367,7 @@ def mamba3_chunked(
     if angles is not None:
         turn = split(math.pi * torch.tanh(angles.to(dtype)))
         angle, last_angle, offset = _chunk_angles(turn, deltas, chunk_doc, last_angle)
-        order = _first_pairs(n, angles.shape[-1], rope_layout).to(x.device)
+        order = _first_pairs(n, angles.shape[-1], rope_layout, x.device)
 
     def ordered(v: Tensor) -> Tensor:
         return v if order is None else v[..., order]
@@ -405,7 +403,7 @@ def mamba3_chunked(
         ssm = rotate(ssm, offset[:, :, None], rope_layout)
 
     if mask is None:
-        k, v = B[:, -1], x[:, -1]
+        k, v = B[:, -1], x[:, -1].clone()  # a state should not keep all of x in memory
     else:
         y = y * mask.view(batch, length, *[1] * (y.ndim - 2))
         last = length - 1 - mask.flip(1).int().argmax(dim=1)
