@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ssm_hf.ops.mamba3_scan.kernels import LOWEST, exponents, sizes
+from ssm_hf.ops.mamba3_scan.kernels_prepare import LOWEST, exponents, sizes
 from ssm_hf.ops.ssd.kernels import place_of_chunk
 
 PI = tl.constexpr(3.141592653589793)
@@ -21,9 +21,9 @@ def mamba3_prepare_bwd_kernel(
 ):  # fmt: skip
     """Gradients of dt, A and trap (B, T, H), and each chunk's share of d dt_bias (chunks, H).
 
-    grad (7, chunks, H, Q): of a_t through pairs of tokens; through the state that enters; what t
-    leaves in the state that leaves; of s_t; of gamma_t as what t adds to itself; of Δ through the
-    angles, in two parts. before (B, T): the real token before each, -1 for none (with a mask).
+    grad (6, chunks, H, Q): of a_t; what t leaves in the state that leaves; of s_t; of gamma_t as
+    what t adds to itself; of Δ through the angles, in two parts. before (B, T): the real token
+    before each, -1 for none (with a mask).
     """
     blocks = tl.cdiv(heads, BLOCK_H)
     v = tl.program_id(0) // blocks
@@ -58,18 +58,17 @@ def mamba3_prepare_bwd_kernel(
     in_chunk = h_in[None, :] & (i < Q)[:, None]
     # The last place of a chunk counts even behind the row's end: it carries the leaving state.
     da = tl.load(grad_ptr + at, mask=in_chunk, other=0.0)
-    da += tl.load(grad_ptr + plane + at, mask=in_chunk, other=0.0)
-    left = tl.load(grad_ptr + 2 * plane + at, mask=inside, other=0.0)
-    dgamma = tl.load(grad_ptr + 3 * plane + at, mask=inside, other=0.0)
-    dgamma += tl.load(grad_ptr + 4 * plane + at, mask=inside, other=0.0)
+    left = tl.load(grad_ptr + plane + at, mask=inside, other=0.0)
+    dgamma = tl.load(grad_ptr + 2 * plane + at, mask=inside, other=0.0)
+    dgamma += tl.load(grad_ptr + 3 * plane + at, mask=inside, other=0.0)
     # The exponent of t acts on what earlier tokens leave, and on all a from t on. Where a decay is
     # 0 whatever Δ is, it has no gradient.
     dexponent = tl.cumsum(da, axis=0, reverse=True) + (tl.cumsum(left, axis=0) - left)
     dexponent = tl.where((exponent > LOWEST) & inside, dexponent, 0.0)
     ddelta = A * dexponent + share * dgamma
     if ROPE:
+        ddelta += tl.load(grad_ptr + 4 * plane + at, mask=inside, other=0.0)
         ddelta += tl.load(grad_ptr + 5 * plane + at, mask=inside, other=0.0)
-        ddelta += tl.load(grad_ptr + 6 * plane + at, mask=inside, other=0.0)
     in_row = t_in[:, None] & h_in[None, :]
     t = t.to(tl.int64)
     to = ((batch * length + t) * heads)[:, None] + h[None, :]
@@ -82,7 +81,7 @@ def mamba3_prepare_bwd_kernel(
             follows = follows & (doc == tl.load(at_doc + previous * doc_st, mask=follows, other=0))
         place = tl.where(follows, previous - start, 0)
         at_before = ((first + place // Q)[:, None] * heads + h[None, :]) * Q + (place % Q)[:, None]
-        db = tl.load(grad_ptr + 3 * plane + at_before, mask=follows[:, None] & h_in[None, :],
+        db = tl.load(grad_ptr + 2 * plane + at_before, mask=follows[:, None] & h_in[None, :],
                      other=0.0)  # fmt: skip
         ddelta += (1.0 - share) * db
         dtrap = tl.where(inside, delta * (dgamma - db) * share * (1.0 - share), 0.0)
@@ -97,34 +96,28 @@ def mamba3_prepare_bwd_kernel(
 
 
 @triton.jit
-def place_of_column(n, states, angles, PAIRWISE: tl.constexpr):
-    """Half and place in it of a column of the caller's B or C; see `column_of_slot`."""
-    half = (states + 1) // 2
-    j = n // half
-    i = n % half
+def slot_of_column(n, pairs, half, PAIRWISE: tl.constexpr, W: tl.constexpr):
+    """Slot of a column of the caller's B or C; see `column_of_slot`."""
     if PAIRWISE:
-        rest = n - 2 * angles
-        second = rest >= half - angles
-        rest = tl.where(second, rest - (half - angles), rest) + angles
-        paired = n < 2 * angles
-        j = tl.where(paired, n % 2, second.to(tl.int32))
-        i = tl.where(paired, n // 2, rest)
-    return j, i
+        return tl.where(n < 2 * pairs, (n % 2) * W + n // 2, 2 * W + n - 2 * pairs)
+    else:
+        j = n // half
+        i = n - j * half
+        return tl.where(i < pairs, j * W + i, 2 * W + i - pairs + j * (half - pairs))
 
 
 @triton.jit
 def sum_of_parts(
-    parts_ptr, to_ptr, row, n, inside, part, length, groups, ranks, states, angles,
-    PAIRWISE: tl.constexpr, PARTS: tl.constexpr, RANKS: tl.constexpr, W: tl.constexpr,
+    parts_ptr, to_ptr, row, n, slot, inside, part, length, groups, ranks, states,
+    PARTS: tl.constexpr, RANKS: tl.constexpr, PITCH: tl.constexpr,
 ):  # fmt: skip
-    """Rows of parts (PARTS, B, G, T, RANKS, 2 W) -> rows of (B, T, R, G, N)."""
+    """Rows of parts (PARTS, B, G, T, RANKS, PITCH) -> rows of (B, T, R, G, N)."""
     g = row % groups
     r = (row // groups) % ranks
     token = row // (groups * ranks)
     batch = token // length
     t = token - batch * length
-    j, i = place_of_column(n, states, angles, PAIRWISE)
-    at = (((batch * groups + g) * length + t) * RANKS + r) * (2 * W) + j * W + i
+    at = (((batch * groups + g) * length + t) * RANKS + r) * PITCH + slot
     total = tl.load(parts_ptr + at, mask=inside, other=0.0)
     for k in tl.static_range(1, PARTS):
         total += tl.load(parts_ptr + k * part + at, mask=inside, other=0.0)
@@ -149,9 +142,9 @@ def sum_of_turns(
 @triton.jit
 def mamba3_sum_kernel(
     dB_parts_ptr, dC_parts_ptr, dturns_ptr, turns_ptr, dB_ptr, dC_ptr, dangle_ptr,
-    tokens, length, groups, ranks, states, angles, part, turns_part,
+    tokens, length, groups, ranks, states, angles, pairs, half, part, turns_part,
     PAIRWISE: tl.constexpr, PARTS: tl.constexpr, TURNS_PARTS: tl.constexpr, RANKS: tl.constexpr,
-    W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_S: tl.constexpr,
+    W: tl.constexpr, PITCH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Add up parts of the gradients of B, C (B, T, R, G, N) and, ROWS tokens a program, of the
     angles (B, T, S).
@@ -164,12 +157,13 @@ def mamba3_sum_kernel(
         row = (pid * ROWS + i).to(tl.int64)[:, None]
         n = tl.arange(0, COLUMNS)[None, :]
         of_states = (row < all_rows) & (n < states)
-        sum_of_parts(dB_parts_ptr, dB_ptr, row, n, of_states, part, length, groups, ranks, states,
-                     angles, PAIRWISE, PARTS, RANKS, W)  # fmt: skip
-        sum_of_parts(dC_parts_ptr, dC_ptr, row, n, of_states, part, length, groups, ranks, states,
-                     angles, PAIRWISE, PARTS, RANKS, W)  # fmt: skip
+        slot = slot_of_column(n, pairs, half, PAIRWISE, W)
+        sum_of_parts(dB_parts_ptr, dB_ptr, row, n, slot, of_states, part, length, groups, ranks,
+                     states, PARTS, RANKS, PITCH)  # fmt: skip
+        sum_of_parts(dC_parts_ptr, dC_ptr, row, n, slot, of_states, part, length, groups, ranks,
+                     states, PARTS, RANKS, PITCH)  # fmt: skip
     elif dangle_ptr is not None:
         token = ((pid - blocks) * ROWS + i).to(tl.int64)[:, None]
-        s = tl.arange(0, BLOCK_S)[None, :]
+        s = tl.arange(0, W)[None, :]
         sum_of_turns(dturns_ptr, turns_ptr, dangle_ptr, token, s, tokens, angles, turns_part,
                      TURNS_PARTS, W)  # fmt: skip

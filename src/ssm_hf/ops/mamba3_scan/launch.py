@@ -17,12 +17,13 @@ from ssm_hf.ops.launch import (
     unsupported_dtypes,
 )
 from ssm_hf.ops.mamba3_scan.kernels import (
+    CAN_KEEP_IN_LOOPS,
     mamba3_fwd_kernel,
-    mamba3_phase_kernel,
-    mamba3_prepare_kernel,
     mamba3_states_kernel,
 )
 from ssm_hf.ops.mamba3_scan.kernels_bwd import mamba3_bwd_kernel
+from ssm_hf.ops.mamba3_scan.kernels_pairs import mamba3_pairs_kernel
+from ssm_hf.ops.mamba3_scan.kernels_prepare import mamba3_phase_kernel, mamba3_prepare_kernel
 from ssm_hf.ops.mamba3_scan.kernels_sum import mamba3_prepare_bwd_kernel, mamba3_sum_kernel
 from ssm_hf.ops.mamba3_scan.reference import Mamba3State, keys
 from ssm_hf.ops.packing import document_numbers, next_real, previous_real
@@ -33,6 +34,7 @@ _prepare_kernel: Any = mamba3_prepare_kernel
 _phase_kernel: Any = mamba3_phase_kernel
 _states_kernel: Any = mamba3_states_kernel
 _fwd_kernel: Any = mamba3_fwd_kernel
+_pairs_kernel: Any = mamba3_pairs_kernel
 _bwd_kernel: Any = mamba3_bwd_kernel
 _prepare_bwd_kernel: Any = mamba3_prepare_bwd_kernel
 _sum_kernel: Any = mamba3_sum_kernel
@@ -48,6 +50,8 @@ TURN = 2 * math.pi
 
 def why_unsupported(x: Tensor, B: Tensor, *others: Tensor | None) -> str | None:
     """Why the kernels cannot take these inputs; None when they can."""
+    if not CAN_KEEP_IN_LOOPS:
+        return "its kernels need Triton 3.5 or later"
     head_dim, ranks, states = x.shape[-1], B.shape[2], B.shape[-1]
     if head_dim > LARGEST or states > LARGEST or ranks > MOST_RANKS:
         return (
@@ -69,7 +73,9 @@ class _Launch(NamedTuple):
     head_dim: int
     states: int
     angles: int  # rotated pairs of states
-    width: int  # columns of a tile that holds one half of the states
+    pairs: int  # of states that lie in tiles a and b: those that turn, or all of them
+    width: int  # slots of tiles a and b
+    rest: int  # slots of tile c
     chunk: int  # tokens
     rows: int  # batch rows, or documents of one row
     chunks: int  # of all rows; with cu_seqlens an upper bound
@@ -102,24 +108,40 @@ class _Launch(NamedTuple):
             "Q": self.chunk,
             "RANKS": self.padded,
             "W": self.width,
+            "V": self.rest,
         }
+
+    @property
+    def pitch(self) -> int:
+        """Slots of a row."""
+        return 2 * self.width + self.rest
+
+    @property
+    def half(self) -> int:
+        """Where the second halves of pairs begin in the caller's columns (not pairwise)."""
+        return self.states // 2 if self.angles else self.pairs
+
+    @property
+    def columns(self) -> dict[str, int]:
+        """What kernels of columns are compiled for."""
+        return {"RANKS": self.padded, "W": self.width, "PITCH": self.pitch}
 
     def options(self, kernel: str) -> dict[str, Any]:
         """Tuned options, with blocks no larger than a head."""
-        size = "wide" if self.wide else f"n{2 * self.width}"
+        size = "wide" if self.wide else f"n{self.pitch}"
         options: dict[str, Any] = dict(tuned(kernel, size, self.device))
         if "BLOCK_P" in options:
-            options["BLOCK_P"] = min(options["BLOCK_P"], _block(self.head_dim, self.device))
+            options["BLOCK_P"] = min(options["BLOCK_P"], _block(self.head_dim, 64, self.device))
         return options
 
 
-def _block(extent: int, device: torch.device) -> int:
-    """Smallest power of two that covers `extent`.
+def _block(extent: int, least: int, device: torch.device) -> int:
+    """Smallest power of two that covers `extent`, and is at least `least` on a GPU.
 
-    With Triton 3.6 on Hopper, products with a side below 64 lead to invalid memory accesses or to
-    wrong results.
+    With Triton 3.6 on Hopper, products with fewer than 64 rows lead to invalid memory accesses or
+    to wrong results.
     """
-    least = 16 if common.architecture(device) == "cpu" else 64
+    least = 16 if common.architecture(device) == "cpu" else least
     return max(least, 1 << (extent - 1).bit_length())
 
 
@@ -177,6 +199,9 @@ def _describe(x: Tensor, B: Tensor, C: Tensor, angles: Tensor | None, mimo_o: Te
         precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
     # Triton's interpreter multiplies the bits of bf16 numbers as if they were integers.
     interpreted = where == "cpu"
+    turning = 0 if angles is None else angles.shape[-1]
+    pairs = turning or -(-states // 2)
+    rest = max(states - 2 * pairs, 0)
     return _Launch(
         batch=batch,
         length=length,
@@ -186,8 +211,10 @@ def _describe(x: Tensor, B: Tensor, C: Tensor, angles: Tensor | None, mimo_o: Te
         padded=padded,
         head_dim=head_dim,
         states=states,
-        angles=0 if angles is None else angles.shape[-1],
-        width=_block(-(-states // 2), x.device),
+        angles=turning,
+        pairs=pairs,
+        width=_block(pairs, 32, x.device),
+        rest=_block(rest, 32, x.device) if rest else 0,
         chunk=chunk,
         rows=rows,
         chunks=chunks,
@@ -212,31 +239,19 @@ def _strides(x: Tensor | None, count: int = 3) -> tuple[int, ...]:
 
 
 def _slots(k: _Launch, pairwise: bool) -> Tensor:
-    """Index (N,): where the caller's column of states lies in the kernels' 2 W."""
+    """Index (N,): slot of each of the caller's columns of states; see `slot_of_column`."""
     n = torch.arange(k.states, device=k.device)
-    half, s = (k.states + 1) // 2, k.angles
-    if not pairwise:
-        return n // half * k.width + n % half
-    rest = n - 2 * s
-    second = (rest >= half - s).long()
-    return torch.where(
-        n < 2 * s,
-        n % 2 * k.width + n // 2,
-        second * k.width + rest - second * (half - s) + s,
-    )
+    if pairwise and k.angles:
+        return torch.where(n < 2 * k.pairs, n % 2 * k.width + n // 2, 2 * k.width + n - 2 * k.pairs)
+    j, i = n // k.half, n % k.half
+    rest = 2 * k.width + i - k.pairs + j * (k.half - k.pairs)
+    return torch.where(i < k.pairs, j * k.width + i, rest)
 
 
 def _spread(k: _Launch, value: Tensor, slots: Tensor) -> Tensor:
-    """(..., N) -> (..., 2 W) fp32, in the kernels' columns."""
-    wide = value.new_zeros(*value.shape[:-1], 2 * k.width, dtype=torch.float32)
+    """(..., N) -> (..., slots) fp32."""
+    wide = value.new_zeros(*value.shape[:-1], k.pitch, dtype=torch.float32)
     return wide.index_copy_(-1, slots, value.float())
-
-
-def _bias(k: _Launch, bias: Tensor | None, slots: Tensor) -> Tensor | None:
-    """(H, R, N) -> (H, RANKS, 2 W) fp32."""
-    if bias is None:
-        return None
-    return F.pad(_spread(k, bias, slots), (0, 0, 0, k.padded - k.ranks))
 
 
 class _Prepared(NamedTuple):
@@ -252,7 +267,7 @@ class _Prepared(NamedTuple):
     C: Tensor
     B_bias: Tensor | None
     C_bias: Tensor | None
-    slots: Tensor
+    pairwise: bool
 
 
 def _prepare(k: _Launch, t: _Inputs, marks: _Marks, softplus: bool, pairwise: bool) -> _Prepared:
@@ -263,8 +278,11 @@ def _prepare(k: _Launch, t: _Inputs, marks: _Marks, softplus: bool, pairwise: bo
     token = new(k.chunks, k.heads, k.chunk, 4)
     scale = new(k.chunks, k.heads, k.chunk) if k.wide else None
     narrow = torch.float32 if k.wide else t.x.dtype
-    rows = (k.batch, k.groups, k.length, k.padded, 2 * k.width)
+    rows = (k.batch, k.groups, k.length, k.padded, k.pitch)
     B, C = (t.x.new_empty(rows, dtype=narrow) for _ in range(2))
+    B_bias, C_bias = (
+        None if b is None else new(k.heads, k.padded, k.pitch) for b in (t.B_bias, t.C_bias)
+    )
     turns = sums = before_sums = phase = final = before = None
     if t.angles is not None:
         turns = new(k.batch, k.length, k.width)
@@ -275,16 +293,20 @@ def _prepare(k: _Launch, t: _Inputs, marks: _Marks, softplus: bool, pairwise: bo
         if marks.last is not None:
             before_sums, before = torch.empty_like(sums), torch.empty_like(final)
     options = k.options("mamba3_prepare")
-    grid = k.chunks * -(-k.heads // options["BLOCK_H"])
+    # Angles are never rounded, whatever products may be.
+    exact = "tf32x3" if k.fast else "ieee"
+    grid = k.chunks + (k.chunks + 1) * -(-k.heads // options["BLOCK_H"])
     _prepare_kernel[(grid,)](
         t.dt, t.A, t.trap, t.dt_bias, t.B, t.C, t.angles, marks.mask, marks.after, marks.doc,
-        marks.last, *k.tables, token, scale, turns, sums, before_sums, B, C,
+        marks.last, *k.tables, t.B_bias, t.C_bias, token, scale, turns, sums, before_sums, B, C,
+        B_bias, C_bias,
         *_strides(t.dt), *_strides(t.A), *_strides(t.trap), *_strides(t.B, 4), *_strides(t.C, 4),
         *_strides(t.angles, 2), *_strides(marks.mask, 2), *_strides(marks.after, 2),
-        *_strides(marks.doc, 2), k.rows, k.length, k.heads, k.groups, k.states, k.angles, k.ranks,
-        SOFTPLUS=softplus, VARLEN=k.varlen, WIDE=k.wide, PAIRWISE=pairwise, Q=k.chunk,
-        RANKS=k.padded, W=k.width, BLOCK_S=min(1 << (max(k.angles, 1) - 1).bit_length(), k.width),
-        **options,
+        *_strides(marks.doc, 2), k.rows, k.length, k.chunks, k.heads, k.groups, k.states, k.angles,
+        k.pairs, k.half, k.ranks, SOFTPLUS=softplus, VARLEN=k.varlen, WIDE=k.wide,
+        PAIRWISE=pairwise and k.angles > 0, Q=k.chunk, STEP=math.gcd(2 * k.width, k.rest),
+        PRECISION=exact,
+        **k.columns, **options,
     )  # fmt: skip
     if sums is not None:
         entry = None
@@ -301,11 +323,7 @@ def _prepare(k: _Launch, t: _Inputs, marks: _Marks, softplus: bool, pairwise: bo
             # The row's first document starts from the row's own angle.
             assert marks.last is not None
             before = before * (marks.last > 0)[:, None, None]
-    slots = _slots(k, pairwise)
-    return _Prepared(
-        token, scale, turns, phase, final, before, B, C,
-        _bias(k, t.B_bias, slots), _bias(k, t.C_bias, slots), slots,
-    )  # fmt: skip
+    return _Prepared(token, scale, turns, phase, final, before, B, C, B_bias, C_bias, pairwise)
 
 
 def _segments(k: _Launch, programs: int, wanted: int) -> int:
@@ -359,7 +377,7 @@ def _totals(k: _Launch, segments: int) -> tuple[Tensor, Tensor]:
     """Where segments leave their state and their decay."""
     like = torch.empty(0, dtype=torch.float32, device=k.device)
     shape = (k.rows, segments, k.heads)
-    return like.new_empty(*shape, k.head_dim, 2 * k.width), like.new_empty(shape)
+    return like.new_empty(*shape, k.head_dim, k.pitch), like.new_empty(shape)
 
 
 def _plain(t: _Inputs) -> _Inputs:
@@ -377,12 +395,12 @@ def _plain(t: _Inputs) -> _Inputs:
     return t._replace(**dense, **strided)
 
 
-def _turn_half(k: _Launch, state: Tensor, turns: Tensor, sign: int) -> Tensor:
-    """State (rows, H, P, 2 W) with its pairs turned by sign * turns (rows, H, W)."""
+def _turned(k: _Launch, state: Tensor, turns: Tensor, sign: int) -> Tensor:
+    """State (rows, H, P, slots) with its pairs turned by sign * turns (rows, H, W)."""
     angle = (sign * TURN) * turns[:, :, None]
     cos, sin = angle.cos(), angle.sin()
-    a, b = state.split(k.width, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    a, b, c = state.split([k.width, k.width, k.rest], dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos, c], dim=-1)
 
 
 def _leave(k: _Launch, made: _Prepared, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -391,11 +409,11 @@ def _leave(k: _Launch, made: _Prepared, state: Tensor) -> tuple[Tensor, Tensor]:
     if made.final is not None:
         turns = made.final
         if made.before is not None:
-            state = _turn_half(k, state, made.before, -1)
+            state = _turned(k, state, made.before, -1)
             turns = turns - made.before
         angle = (turns - turns.floor())[..., : k.angles] * TURN
         angle = torch.where(angle < TURN, angle, 0.0)
-    return state.index_select(-1, made.slots), angle
+    return state.index_select(-1, _slots(k, made.pairwise)), angle
 
 
 @torch.library.custom_op("ssm_hf::mamba3_scan_fwd", mutates_args=())
@@ -435,10 +453,10 @@ def _forward(
     marks = _Marks(doc, last, cu_seqlens, mask, before, after)
     k = _describe(t.x, B, C, angles, mimo_o, cu_seqlens)
     y = x.new_empty(_y_shape(x, B, mimo_o))
-    final = x.new_empty(k.rows, k.heads, k.head_dim, 2 * k.width, dtype=torch.float32)
+    final = x.new_empty(k.rows, k.heads, k.head_dim, k.pitch, dtype=torch.float32)
     with on_device(x):
         made = _prepare(k, t, marks, softplus, pairwise)
-        initial = None if entry is None else _spread(k, entry, made.slots)
+        initial = None if entry is None else _spread(k, entry, _slots(k, pairwise))
         options = k.options("mamba3_fwd")
         wanted = options.pop("PROGRAMS")
         programs = k.rows * k.heads * -(-k.head_dim // options["BLOCK_P"])
@@ -544,41 +562,53 @@ def _gradients_of(
         return make(shape, dtype=torch.float32)
 
     narrow = torch.float32 if k.wide else t.x.dtype
-    shape = (k.chunks, k.heads, k.head_dim, 2 * k.width)
+    shape = (k.chunks, k.heads, k.head_dim, k.pitch)
     states, dstates = (t.x.new_empty(shape, dtype=narrow) for _ in range(2))
     dfinal, extra = _of_final(k, made, dstate, dangle, state)
     dinitial = None if t.entry is None else new(k.rows, *shape[1:])
-    initial = None if t.entry is None else _spread(k, t.entry, made.slots)
+    initial = None if t.entry is None else _spread(k, t.entry, _slots(k, pairwise))
     _states_of_chunks(k, t, made, dy, marks.mask, (initial, dfinal), (states, dstates, dinitial))
 
-    options = k.options("mamba3_bwd")
-    heads = _heads_per_program(k, options.pop("HEADS"))
-    p_blocks = -(-k.head_dim // options["BLOCK_P"])
-    parts = k.heads // k.groups // heads
     of_chunk = (k.chunks, k.heads, k.ranks)
     dx, dz = t.x.new_empty(t.x.shape), None if t.z is None else t.z.new_empty(t.z.shape)
-    dB_parts, dC_parts = (new(parts, *made.B.shape) for _ in range(2))
-    dB_bias, dC_bias = (
-        None if b is None else new(*of_chunk, 2 * k.width) for b in (t.B_bias, t.C_bias)
-    )
     dmimo = [None if m is None else new(*of_chunk, k.head_dim) for m in t[11:14]]
     dD = None if t.D is None else new(k.chunks, k.heads)
-    grad = new(7, k.chunks, k.heads, k.chunk)
+    grad = new(6, k.chunks, k.heads, k.chunk)
+    rows = k.chunk * k.padded
+    pairs = t.x.new_empty(k.chunks, k.heads, rows, rows, dtype=narrow)
+    turn = new(k.chunks, k.heads, k.width) if k.angles else None
+    strides = (
+        *_strides(t.x), *_strides(t.z), *_strides(marks.mask, 2), *_gradient_strides(k, dy)
+    )  # fmt: skip
+    options = k.options("mamba3_pairs")
+    _pairs_kernel[(k.chunks * k.heads,)](
+        t.x, t.mimo_x, made.B, made.B_bias, made.C, made.C_bias, t.D, t.z, t.mimo_z, t.mimo_o,
+        marks.mask, dy, made.token, made.scale, made.turns, made.phase, states, dstates, dx,
+        dmimo[0], dD, dz, dmimo[1], dmimo[2], grad, pairs, turn, *k.tables, *strides,
+        k.rows, k.length, k.heads, k.groups, k.ranks, grad[0].numel(),
+        P_BLOCKS=-(-k.head_dim // options["BLOCK_P"]), **k.shape, **options,
+    )  # fmt: skip
+    options = k.options("mamba3_bwd")
+    heads = _heads_per_program(k, options.pop("HEADS"))
+    parts = k.heads // k.groups // heads
+    dB_parts, dC_parts = (new(parts, *made.B.shape) for _ in range(2))
+    dB_bias, dC_bias = (
+        None if b is None else new(*of_chunk, k.pitch) for b in (t.B_bias, t.C_bias)
+    )
     dturns = dphase = None
     if k.angles:
         dturns = new(2 * k.groups * parts, k.batch, k.length, k.width)
         dphase = new(2, k.rows, k.heads, k.width, zero=k.varlen)
-    _bwd_kernel[(2 * k.chunks * k.groups * parts,)](
-        t.x, t.mimo_x, made.B, made.B_bias, made.C, made.C_bias, t.D, t.z, t.mimo_z, t.mimo_o,
-        marks.mask, dy, made.token, made.scale, made.turns, made.phase, states, dstates, extra,
-        marks.last, dx, dmimo[0], dB_parts, dB_bias, dC_parts, dC_bias, dD, dz, dmimo[1], dmimo[2],
-        grad, dturns, dphase, *k.tables, *_strides(t.x), *_strides(t.z), *_strides(marks.mask, 2),
-        *_gradient_strides(k, dy), k.rows, k.length, k.heads, k.groups, k.ranks, grad[0].numel(),
+    _bwd_kernel[((3 if k.rest else 2) * k.chunks * k.groups * parts,)](
+        t.x, t.mimo_x, made.B, made.B_bias, made.C, made.C_bias, t.z, t.mimo_z, t.mimo_o,
+        marks.mask, dy, made.token, made.scale, made.turns, made.phase, states, dstates, pairs,
+        turn, extra, marks.last, dB_parts, dB_bias, dC_parts, dC_bias, grad, dturns, dphase,
+        *k.tables, *strides, k.rows, k.length, k.heads, k.groups, k.ranks, grad[0].numel(),
         made.B.numel(), 0 if dturns is None else dturns[0].numel(),
         0 if dphase is None else dphase[0].numel(), HEADS=heads, HEAD_BLOCKS=parts,
-        P_BLOCKS=p_blocks, **k.shape, **options,
+        P_BLOCKS=-(-k.head_dim // options["BLOCK_P"]), **k.shape, **options,
     )  # fmt: skip
-    del states, dstates
+    del states, dstates, pairs
 
     ddt, dA = (v.new_empty(v.shape) for v in (t.dt, t.A))
     dtrap = None if t.trap is None else t.trap.new_empty(t.trap.shape)
@@ -599,10 +629,10 @@ def _gradients_of(
     grid += -(-tokens // options["ROWS"]) if k.angles else 0
     _sum_kernel[(grid,)](
         dB_parts, dC_parts, dturns, made.turns, dB, dC, dangles, tokens, k.length, k.groups,
-        k.ranks, k.states, k.angles, made.B.numel(), 0 if dturns is None else dturns[0].numel(),
-        PAIRWISE=pairwise, PARTS=parts, TURNS_PARTS=2 * k.groups * parts, RANKS=k.padded,
-        W=k.width, COLUMNS=1 << (k.states - 1).bit_length(),
-        BLOCK_S=1 << (max(k.angles, 1) - 1).bit_length(), **options,
+        k.ranks, k.states, k.angles, k.pairs, k.half, made.B.numel(),
+        0 if dturns is None else dturns[0].numel(), PAIRWISE=pairwise and k.angles > 0,
+        PARTS=parts, TURNS_PARTS=2 * k.groups * parts, COLUMNS=1 << (k.states - 1).bit_length(),
+        **k.columns, **options,
     )  # fmt: skip
 
     def narrowed(total: Tensor | None, like: Tensor | None) -> Tensor:
@@ -612,7 +642,7 @@ def _gradients_of(
 
     dentry = dstart = None
     if dinitial is not None and t.entry is not None:
-        dentry = dinitial.index_select(-1, made.slots).to(t.entry.dtype)
+        dentry = dinitial.index_select(-1, _slots(k, pairwise)).to(t.entry.dtype)
     if dphase is not None and t.phase is not None:
         dstart = dphase.sum(0)[..., : k.angles]
         if marks.cu_seqlens is not None:
@@ -621,7 +651,7 @@ def _gradients_of(
             dstart = torch.where(empty, 0.0 if dangle is None else dangle.float(), dstart)
         dstart = dstart.to(t.phase.dtype)
     dB_bias, dC_bias = (
-        None if b is None else b.sum(0).index_select(-1, made.slots)[None]
+        None if b is None else b.sum(0).index_select(-1, _slots(k, pairwise))[None]
         for b in (dB_bias, dC_bias)
     )
     given = (
@@ -645,19 +675,20 @@ def _of_final(
     extra = None
     if dstate is None and dangle is None:
         return None, None
-    dfinal = None if dstate is None else _spread(k, dstate, made.slots)
+    slots = _slots(k, made.pairwise)
+    dfinal = None if dstate is None else _spread(k, dstate, slots)
     if k.angles:
-        extra = made.slots.new_zeros(k.rows, k.heads, k.width, dtype=torch.float32)
+        extra = slots.new_zeros(k.rows, k.heads, k.width, dtype=torch.float32)
         if dangle is not None:
             extra[..., : k.angles] = dangle.float()
         if dfinal is not None:
             assert state is not None
-            a, b = _spread(k, state, made.slots).split(k.width, dim=-1)
-            da, db = dfinal.split(k.width, dim=-1)
+            a, b, _ = _spread(k, state, slots).split([k.width, k.width, k.rest], dim=-1)
+            da, db, _ = dfinal.split([k.width, k.width, k.rest], dim=-1)
             turned = (a * db - b * da).sum(dim=2)
             extra[..., : k.angles] += turned[..., : k.angles]
             if made.before is not None:
-                dfinal = _turn_half(k, dfinal, made.before, 1)
+                dfinal = _turned(k, dfinal, made.before, 1)
     return dfinal, extra
 
 
