@@ -38,6 +38,7 @@ def tiny(model_type: str, **overrides: object) -> PreTrainedConfig:
         if given.pop("use_bias", False):
             for of_kind in options.values():
                 of_kind["use_bias"] = True
+        options["moe"] = {"num_experts": 4, "intermediate_size": 24}
         blocks = ["mamba2", "attention", "sliding_attention"][: given.pop("num_hidden_layers", 3)]
         sizes = {"vocab_size": 96, "hidden_size": 32, "blocks": blocks, "options": options}
         return HybridConfig(**{**sizes, **given})

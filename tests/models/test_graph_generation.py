@@ -34,6 +34,7 @@ from ssm_hf import (
 )
 from ssm_hf.generation import forget_graphs, graphs, prefill, select, session
 from ssm_hf.generation.graphs import graphs_of
+from ssm_hf.models import generating
 from tests.helpers import kernel_device, randomize_, tiny
 
 CLASSES = {
@@ -267,6 +268,44 @@ def test_long_outputs_pass_the_static_buffer(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    ("options", "visible"), [({"do_sample": True}, False), ({}, True), ({"num_beams": 2}, False)]
+)
+def test_steps_go_on_where_the_room_for_keys_runs_out(
+    options: dict, visible: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = _model("ssm_hybrid"), _ids(2, 50)
+    monkeypatch.setattr(generating, "_AHEAD", 4)
+    runs = []
+    for compiled in (True, True, False):
+        torch.manual_seed(3)
+        out = _generate(model, ids, max_new_tokens=90, disable_compile=not compiled,
+                        return_dict_in_generate=visible, **options)  # fmt: skip
+        runs.append(out.sequences if visible else out)
+        if visible:
+            assert out.past_key_values.layers[1].slots == 256
+            more = model(ids[:1].expand(len(out.past_key_values.layers[0].state["ssm_state"]), -1),
+                         past_key_values=out.past_key_values).logits  # fmt: skip
+            runs[-1] = torch.cat([runs[-1], more.argmax(-1)[: len(runs[-1])]], dim=1)
+    assert torch.equal(runs[0], runs[2])
+    assert torch.equal(runs[1], runs[2])
+    slots = {capture.cache.layers[1].slots for capture in graphs_of(model).captures.values()}
+    assert slots == {64, 128, 256}
+
+
+@torch.no_grad()
+def test_blocks_without_a_state_and_shared_blocks_are_captured() -> None:
+    attention = {"type": "attention", "shared": "a"}
+    blocks = ["mlp", "mamba2", attention, "moe", "mamba2", attention, "mlp"]
+    model, ids = _model("ssm_hybrid", blocks=blocks), _ids(2, 9)
+    for _ in range(3):
+        out = _generate(model, ids, max_new_tokens=12)
+    assert torch.equal(out, _generate(model, ids, max_new_tokens=12, use_cache=False))
+    assert _captures(model) == 3  # two pieces of the prompt, and the step
+    assert torch.equal(out, _theirs(model, ids, max_new_tokens=12))
+
+
+@torch.no_grad()
 def test_left_padded_rows_equal_single_rows(model: PreTrainedModel) -> None:
     rows = [_ids(1, n)[0] for n in (8, 3, 1)]
     ids, mask = torch.zeros(3, 8, dtype=torch.long), torch.zeros(3, 8, dtype=torch.long)
@@ -318,7 +357,9 @@ def test_pieces_of_the_usual_size(model: PreTrainedModel, monkeypatch: pytest.Mo
         ids = _ids(1, length)
         expected = _generate(model, ids, max_new_tokens=5, disable_compile=True)
         assert torch.equal(_generate(model, ids, max_new_tokens=5), expected)
-    assert _latest(model).graphs["prompt", 512, True] is not None
+    # Of a hybrid there is a capture for each number of slots.
+    held = [capture.graphs for capture in graphs_of(model).captures.values()]
+    assert any(captured.get(("prompt", 512, True)) is not None for captured in held)
 
 
 def test_how_prompts_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,13 @@
 """The decoding loop: steps are launched without waiting for what they choose."""
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ssm_hf.cache import RecurrentCache
+from ssm_hf.generation.graphs import Capture
 from ssm_hf.generation.select import Request, Selection
 from ssm_hf.generation.session import NextLogits, Session
 from ssm_hf.ops.dispatch import HAS_TRITON, runs_kernels
@@ -59,8 +61,7 @@ def decode(
     selection: Selection = make() if capture is None else capture.buffers(key, make)
     room = cache.room
 
-    def captured() -> None:
-        assert capture is not None
+    def captured(capture: Capture, selection: Selection) -> None:
         selection.choose(compute(selection.tokens, capture.cache))
 
     def step() -> None:
@@ -72,9 +73,11 @@ def decode(
                 if larger is not selection:
                     larger.take_over(selection)
                 selection = watch.selection = larger
-        if capture is not None and session.run(capture, key, captured):
-            cache.seen_tokens += 1
-            return
+        if capture is not None:
+            body = functools.partial(captured, capture, selection)
+            if session.run(capture, key, body):
+                cache.seen_tokens += 1
+                return
         capture = None
         outputs = model(
             input_ids=selection.tokens, past_key_values=cache, use_cache=True, return_dict=True
