@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ssm_hf.ops.linear_scan.reference import scan_
 from ssm_hf.ops.packing import (
+    backward_in_given_precision,
     compute_dtype,
     document_numbers,
     document_starts,
@@ -106,6 +107,7 @@ class _BlockScan(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @backward_in_given_precision
     def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         xt, dtt, A, Bt, Ct, startst, *entering = ctx.saved_tensors
         dyt = dy.transpose(0, 1).contiguous()

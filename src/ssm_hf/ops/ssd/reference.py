@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssm_hf.ops.packing import (
+    backward_in_given_precision,
     compute_dtype,
     document_numbers,
     document_starts,
@@ -204,6 +205,7 @@ class _ChunkedScan(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @backward_in_given_precision
     def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, dt, A, B, C, doc, y, entering, leaving = ctx.saved_tensors
         dx, ddt, dB, dC = (torch.empty_like(v) for v in (x, dt, B, C))
