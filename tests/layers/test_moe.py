@@ -123,7 +123,7 @@ def test_padding_changes_nothing_and_pads_are_no_load() -> None:
 def test_layer_compiles_without_breaks(impl: str) -> None:
     if impl == "torch" and not hasattr(nn.functional, "grouped_mm"):
         pytest.skip("torch has no grouped_mm")
-    layer = _moe(**NEMOTRON).bfloat16()
+    layer = _moe().bfloat16()
     layer.experts.impl = impl
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x, seq = torch.randn(2, 5, D).bfloat16(), SequenceInfo(mask=torch.rand(2, 5) > 0.2)

@@ -12,6 +12,7 @@ import sys
 
 import torch
 
+from ssm_hf.ops.moe import moe_experts, moe_route
 from tests.ops import grid
 from tests.ops.grid_operators import KERNELS
 from tests.ops.pairwise import FACTORS, TRAINING
@@ -37,9 +38,43 @@ def rows(operator: str) -> list[grid.Row]:
     return found
 
 
+# tokens, D, I, E, k, dtype: one token, experts without any, sizes that fill no block, many slots.
+EXPERTS = (
+    (1, 64, 64, 4, 2, torch.bfloat16),
+    (3, 64, 64, 40, 1, torch.bfloat16),
+    (200, 72, 104, 5, 3, torch.float16),
+    (67, 20, 24, 3, 2, torch.float32),
+    (3000, 64, 128, 6, 2, torch.bfloat16),
+)
+
+
+def experts(device: torch.device) -> None:
+    """Routing and experts, which have no sequence; every third token is a pad."""
+    for tokens, size, inner, count, top_k, dtype in EXPERTS:
+        for activation, gated in (("silu", True), ("relu2", False)):
+            shapes = ((tokens, size), (count, inner * (1 + gated), size), (count, size, inner))
+            x, w_in, w_out = (torch.randn(s, device=device, dtype=dtype) / 8 for s in shapes)
+            logits = torch.randn(tokens, count, device=device, requires_grad=True)
+            mask = torch.arange(tokens, device=device) % 3 != 1
+            for grad in (False, True):
+                for leaf in (x, w_in, w_out):
+                    leaf.requires_grad_(grad)
+                with torch.set_grad_enabled(grad):
+                    routing = moe_route(logits, top_k, mask=mask, impl="triton")
+                    y = moe_experts(x, routing.experts, routing.weights, w_in, w_out,
+                                    activation=activation, gated=gated, impl="triton")  # fmt: skip
+            y.float().square().sum().backward()
+    torch.cuda.synchronize()
+    print(f"moe_experts: {2 * len(EXPERTS)} forward and backward passes", flush=True)
+
+
 def main() -> None:
     device = torch.device("cuda")
-    for operator in sys.argv[1:] or grid.OPERATORS:
+    names = sys.argv[1:] or ["moe_experts", *grid.OPERATORS]
+    if "moe_experts" in names:
+        names.remove("moe_experts")
+        experts(device)
+    for operator in names:
         op = grid.OPERATORS[operator]
         kernel = functools.partial(grid.call, op.run, impl="triton")
         for row in rows(operator):
