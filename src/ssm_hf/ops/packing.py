@@ -39,6 +39,26 @@ def in_given_precision(
     return run
 
 
+def backward_in_given_precision(
+    backward: Callable[_Arguments, _Result],
+) -> Callable[_Arguments, _Result]:
+    """`in_given_precision` for the backward pass of an autograd function.
+
+    A compiler looks at it where autocast is off, inside the operator, and traces it later in the
+    autocast around the model: autocast has to be switched off in so many words.
+    """
+
+    @functools.wraps(backward)
+    def run(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        device = next(v for v in args if isinstance(v, Tensor)).device.type
+        if device == "meta":
+            return backward(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return backward(*args, **kwargs)
+
+    return run
+
+
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """Widest dtype of the inputs, but at least fp32: states and accumulation never go lower."""
     dtype = torch.float32

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssm_hf.ops.packing import compute_dtype
+from ssm_hf.ops.packing import backward_in_given_precision, compute_dtype
 
 # Bytes of logits that exist at a time. The weight's gradient is read and written once a chunk, so
 # fewer and larger chunks are faster.
@@ -147,6 +147,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @backward_in_given_precision
     def backward(ctx: Any, dtotal: Tensor, _: None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         count, *grads = ctx.saved_tensors
         # A mean over nothing is NaN, but pulls at nothing.

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssm_hf.ops.packing import compute_dtype
+from ssm_hf.ops.packing import backward_in_given_precision, compute_dtype
 
 
 class _GatedLinear(torch.autograd.Function):
@@ -20,6 +20,7 @@ class _GatedLinear(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @backward_in_given_precision
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         u, weight = ctx.saved_tensors
         value, gate = u.to(compute_dtype(u)).chunk(2, dim=-1)

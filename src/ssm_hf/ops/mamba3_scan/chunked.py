@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssm_hf.ops.packing import backward_in_given_precision
 from ssm_hf.ops.ssd.reference import chunk_decays
 
 
@@ -196,6 +197,7 @@ class _ChunkedScan(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @backward_in_given_precision
     def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         doc, entering, *tensors = ctx.saved_tensors
         inputs = Inputs(*tensors)
