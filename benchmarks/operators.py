@@ -114,6 +114,43 @@ def _ssd_work(s: Shape, item: int, backward: bool) -> Work:
     return Work(B * T * moved * item, B * T * products * cost)
 
 
+def _draw_mamba3(s: Shape, dtype: torch.dtype) -> Inputs:
+    """R ranks (1 without mimo_x, mimo_z, mimo_o), S = N / 4 pairs of states turn."""
+    B, T, H, P, N, G, R = (s[k] for k in "BTHPNGR")
+    inputs = {
+        "x": _normal(B, T, H, P, dtype=dtype),
+        "dt": _normal(B, T, H, dtype=dtype, scale=0.5),
+        "A": -(1 + torch.rand(B, T, H, device=DEVICE)),
+        "trap": _normal(B, T, H, dtype=dtype),
+        "B": _normal(B, T, R, G, N, dtype=dtype),
+        "C": _normal(B, T, R, G, N, dtype=dtype),
+        "angles": _normal(B, T, N // 4, dtype=dtype),
+        "D": torch.ones(H, device=DEVICE),
+        "z": _normal(B, T, H, P, dtype=dtype),
+        "B_bias": torch.ones(H, R, N, device=DEVICE),
+        "C_bias": torch.ones(H, R, N, device=DEVICE),
+        "dt_bias": _dt_bias(H),
+    }
+    if R > 1:
+        scales = {"mimo_x": 1 / R, "mimo_z": 1.0, "mimo_o": 1 / R}
+        inputs |= {name: torch.full((H, R, P), v, device=DEVICE) for name, v in scales.items()}
+    return inputs
+
+
+def _mamba3_work(s: Shape, item: int, backward: bool) -> Work:
+    """Chunks of 64 rows (tokens times ranks); queries and keys differ from head to head."""
+    B, T, H, P, N, G, R = (s[k] for k in "BTHPNGR")
+    Q, cost = 64, 1 if item == 2 else 6
+    token = 2 * R * G * N + 4 * H + N // 4
+    moved = 3 * H * P + token
+    products = R * H * (2 * Q * N + 2 * Q * P + 4 * N * P)
+    if backward:
+        moved += 5 * H * P + 2 * token
+        products += R * H * (6 * Q * N + 4 * Q * P + 10 * N * P)
+    turns = 2 * H * (N // 4)
+    return Work(B * T * moved * item, B * T * products * cost, B * T * turns)
+
+
 def _draw_selective_scan(s: Shape, dtype: torch.dtype) -> Inputs:
     B, T, I, N = (s[k] for k in "BTIN")
     return {
@@ -293,10 +330,10 @@ def _draw_experts(s: Shape, dtype: torch.dtype) -> Inputs:
 
 
 def _experts_work(s: Shape, item: int, backward: bool) -> Work:
-    """Three products a slot, and two more for the gradients of each; all weights once."""
+    """Three products a slot, and two more for the gradients of each; weights that are hit once."""
     B, T, D, I, E, k = (s[key] for key in "BTDIEk")
     times = 3 if backward else 1
-    moved = (2 * B * T * D + 3 * E * I * D) * item * times
+    moved = (2 * B * T * D + 3 * min(E, B * T * k) * I * D) * item * times
     return Work(moved, 2 * B * T * k * 3 * D * I * times * (1 if item == 2 else 6))
 
 
@@ -323,6 +360,13 @@ OPERATORS = {
         _ssd_work,
         ("x", "dt", "B", "C", "seq_idx"),
         ("x", "dt", "A", "B", "C", "D", "dt_bias"),
+    ),
+    "mamba3_scan": Operator(
+        _draw_mamba3,
+        _forward(ops.mamba3_scan, dt_softplus=True),
+        _mamba3_work,
+        ("x", "dt", "A", "trap", "B", "C", "angles", "z"),
+        ("x", "dt", "A", "trap", "B", "C", "angles", "D", "z", "B_bias", "C_bias", "dt_bias"),
     ),
     "selective_scan": Operator(
         _draw_selective_scan,
@@ -451,4 +495,7 @@ GRID += [
     ("grid-ssd-p32-n64-short", "ssd", _ssd(2, 509, 48, 32, 64), BF16),
     ("grid-ssd-100-documents", "ssd", _ssd(1, 16384, 48, 64, 128, documents=100), BF16),
     ("grid-ssd-fp32", "ssd", _ssd(4, 2039, 24, 64, 128), FP32),
+    ("grid-mamba3-n64", "mamba3_scan", _ssd(4, 2039, 24, 64, 64, R=1), BF16),
+    ("grid-mamba3-fp32", "mamba3_scan", _ssd(2, 1021, 24, 64, 128, R=1), FP32),
+    ("grid-mamba3-mimo2", "mamba3_scan", _ssd(4, 1021, 24, 64, 128, R=2), BF16),
 ]
