@@ -35,7 +35,7 @@ def texts(tmp_path):
 
 @pytest.fixture
 def model_config(request, tmp_path):
-    """A Mamba-2 or, by an indirect parameter "mamba3", a Mamba-3."""
+    """A Mamba-2 or, by an indirect parameter, a Mamba-3 ("mamba3") or a hybrid ("ssm_hybrid")."""
     common = {
         "hidden_size": 32,
         "num_hidden_layers": 2,
@@ -49,7 +49,21 @@ def model_config(request, tmp_path):
         "pad_token_id": 0,
         "tie_word_embeddings": True,
     }
-    if getattr(request, "param", "mamba2") == "mamba3":
+    kind = getattr(request, "param", "mamba2")
+    if kind == "ssm_hybrid":
+        of_mamba2 = {name: common.pop(name) for name in ("head_dim", "state_size", "chunk_size")}
+        del common["num_hidden_layers"], common["n_groups"]
+        config = ssm_hf.HybridConfig(
+            **common,
+            blocks="mamba2 attention moe sliding_attention",
+            options={"mamba2": of_mamba2, "attention": {"num_heads": 4, "rotary_dim": 4},
+                     "sliding_attention": {"num_heads": 4, "window": 9},
+                     "moe": {"num_experts": 4, "intermediate_size": 32}},
+            output_router_logits=True,
+            # A loss of the experts' loads is not the same over parts of a batch.
+            router_aux_loss_coef=1e-4,
+        )  # fmt: skip
+    elif kind == "mamba3":
         config = ssm_hf.Mamba3Config(**common, intermediate_size=64, mimo_rank=2)
     else:
         config = ssm_hf.Mamba2Config(**common, num_heads=4)

@@ -21,7 +21,9 @@ from training.train import main
 ROOT = Path(__file__).parents[2]
 
 
-each_model = pytest.mark.parametrize("model_config", ["mamba2", "mamba3"], indirect=True)
+each_model = pytest.mark.parametrize(
+    "model_config", ["mamba2", "mamba3", "ssm_hybrid"], indirect=True
+)
 
 
 def run(recipe: Path, *arguments: str) -> Path:

@@ -429,6 +429,7 @@ class CausalLMMixin(GeneratingMixin):
             output_attentions: must not be True; there are no attention weights.
             logits_to_keep: only the last so many positions (0 = all), or their indices.
             num_items_in_batch: the summed loss is divided by it; default: by the number of targets.
+                Losses of routers then count by this call's share of the targets.
             return_logits: False gives `logits=None` and forms the loss without ever holding the
                 logits of all tokens, which for small models are most of the memory.
             output_router_logits: return what routers of experts decided and add their losses, with
@@ -526,9 +527,13 @@ class CausalLMMixin(GeneratingMixin):
             if z_weight:
                 z_loss = router_z_loss(base.routings, mask=seq.mask)
             if loss is not None:
-                loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
+                added = self.config.router_aux_loss_coef * aux_loss
                 if z_loss is not None:
-                    loss = loss + z_weight * z_loss.to(loss.device)
+                    added = added + z_weight * z_loss
+                if num_items_in_batch is not None:
+                    # This call's share of an accumulated batch, as of the other loss.
+                    added = added * ((targets != IGNORED).sum() / num_items_in_batch)
+                loss = loss + added.to(loss.device)
         result = SSMCausalLMOutput(
             loss=loss,
             logits=None if return_logits is False else logits,  # pyright: ignore[reportArgumentType]
