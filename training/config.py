@@ -54,12 +54,16 @@ class TaskConfig:
         are drawn, uniformly: "3-40" all from 3 to 40, "4,8,16" those three.
     pack: fill rows with as many samples as fit, each a document of its own; false puts one sample
         into a row, for models that cannot forget in the middle of one.
+    borders: false makes a packed row one document: each sample is read with those before it in
+        mind, so that states as old as the row occur in training, and the model learns by itself
+        where to forget.
     """
 
     name: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     lengths: list[str] = field(default_factory=list)
     pack: bool = True
+    borders: bool = True
 
 
 @dataclass(kw_only=True)

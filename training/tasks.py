@@ -61,6 +61,7 @@ class TaskRows(Dataset):
             row_tokens=self.config.seq_len,
             generator=seeded(self.seed, "training", first, len(rows)),
             several=self.config.task.pack,
+            borders=self.config.task.borders,
         )
 
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:

@@ -283,6 +283,7 @@ def pack(
     row_tokens: int,
     generator: Generator,
     several: bool = True,
+    borders: bool = True,
 ) -> dict[str, Tensor]:
     """Fill rows with fresh samples, one after another while they fit; no sample is cut.
 
@@ -292,11 +293,13 @@ def pack(
         row_tokens: their width.
         generator: decides all draws.
         several: False puts one sample into each row.
+        borders: False lets positions run on, so that a row is one document and its samples are
+            read with those before them in mind.
 
     Returns:
-        `input_ids`, `labels`, `position_ids`, each (rows, row_tokens) int64 on the CPU. Positions
-        restart at 0 at every sample and at the padding behind the last one, which is how models
-        see where to forget.
+        `input_ids`, `labels`, `position_ids`, each (rows, row_tokens) int64 on the CPU. With
+        borders positions restart at 0 at every sample and at the padding behind the last one,
+        which is how models see where to forget.
 
     Raises:
         ValueError: the longest sample does not fit into a row.
@@ -319,7 +322,10 @@ def pack(
         at += size
     samples = task.sample(chosen, generator).to("cpu")
     begin = torch.tensor(row_of) * row_tokens + torch.tensor(start_of)
-    return _lay(samples, begin, (rows, row_tokens))
+    laid = _lay(samples, begin, (rows, row_tokens))
+    if not borders:
+        laid["position_ids"] = torch.arange(row_tokens).repeat(rows, 1)
+    return laid
 
 
 def check_fits(task: Task, lengths: Lengths, row_tokens: int) -> None:

@@ -413,6 +413,19 @@ def test_rows_hold_whole_samples(name, options, lengths, several) -> None:
                     assert label == solve(name, options, piece[:at])
 
 
+def test_without_borders_a_row_is_one_document() -> None:
+    task = make_task("string_copy", {})
+    lengths = Lengths.parse("2-6")
+    with_borders, without = (
+        pack(task, lengths, rows=3, row_tokens=40, generator=seeded(0), borders=borders)
+        for borders in (True, False)
+    )
+    for name in ("input_ids", "labels"):
+        assert torch.equal(with_borders[name], without[name])
+    assert (with_borders["position_ids"] == 0).sum() > 3
+    assert torch.equal(without["position_ids"], torch.arange(40).repeat(3, 1))
+
+
 def test_packed_rows_are_nearly_full() -> None:
     task = make_task("string_copy", {})
     rows = pack(task, Lengths.parse("5-50"), rows=50, row_tokens=220, generator=seeded(0))

@@ -61,6 +61,12 @@ def test_one_sample_to_a_row_on_request() -> None:
     assert (packed["labels"] != IGNORED).sum() > (alone["labels"] != IGNORED).sum()
 
 
+def test_rows_without_borders_on_request() -> None:
+    rows = rows_of(borders=False).__getitems__([0, 1])
+    assert torch.equal(rows["position_ids"], torch.arange(24).repeat(2, 1))
+    assert torch.equal(rows["input_ids"], rows_of().__getitems__([0, 1])["input_ids"])
+
+
 def test_the_loader_goes_on_where_it_stopped() -> None:
     data = prepare_data(data_config(), None, seed=0, total_rows=80)
     loader, evaluation = data.loaders(seed=0, batch_size=4, start=0)
