@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssm_hf.cache import RecurrentCache
+import ssm_hf
+from ssm_hf import Mamba3ForCausalLM, RecurrentCache
 from ssm_hf.ops.mamba3_scan import rope_permutation
 from ssm_hf.sequence import SequenceInfo
-from tests.helpers import randomize_, relative_error, tiny
+from tests.helpers import kernel_device, randomize_, relative_error, tiny
 from tests.layers.test_laws import D, _mamba3
 
 ALL = SequenceInfo()
@@ -78,3 +79,20 @@ def test_sizes_that_contradict_one_another_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             _mamba3(**changes)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "rows"), [("mamba3", 1), ("mamba3-mimo", 3)])
+def test_a_step_by_kernels_equals_the_torch_path(kind: str, rows: int) -> None:
+    """With few rows three kernels for the mixer and two for the MLP, with more one for the scan."""
+    device = kernel_device()
+    config = tiny(kind, num_hidden_layers=1, head_dim=32, n_groups=1)
+    model = randomize_(Mamba3ForCausalLM(config)).to(device).eval()  # pyright: ignore
+    ids = torch.randint(3, 96, (rows, 6), device=device)
+    cache = model(ids[:, :5], use_cache=True).past_key_values
+    with ssm_hf.implementation("reference"):
+        expected = model(ids).logits[:, 5:]
+    with ssm_hf.implementation("triton"):
+        logits = model(ids[:, 5:], past_key_values=cache).logits
+    # fp32 rounding
+    assert relative_error(logits, expected) < 1e-5

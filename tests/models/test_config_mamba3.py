@@ -16,7 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import ssm_hf
 from ssm_hf import Mamba3Config, Mamba3ForCausalLM, Mamba3Model
-from ssm_hf.layers.mamba3 import decay_rates
+from ssm_hf.ops.mamba3_scan.step import decay_rates
 from tests.helpers import auto_classes_restored, randomize_, tiny
 
 ROOT = Path(__file__).parents[2]

@@ -4,25 +4,27 @@ import functools
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from ssm_hf.cache import RecurrentCache, State
+from ssm_hf.cache import RecurrentCache, RecurrentLayer, State
 from ssm_hf.layers.init import dt_bias_values
 from ssm_hf.layers.linear import Linear
 from ssm_hf.layers.mixer import (
     Initialization,
     Mixer,
+    all_plain,
+    is_plain_step,
     norm_and_in_proj,
     recorded_mask,
     reset_linear,
     reset_out_proj,
 )
-from ssm_hf.layers.norm import RMSNorm
+from ssm_hf.layers.norm import ResidualNorm, RMSNorm
 from ssm_hf.ops import mamba3_scan
 from ssm_hf.ops.mamba3_scan import Mamba3State
-from ssm_hf.ops.packing import compute_dtype
+from ssm_hf.ops.mamba3_scan.step import decay_rates, mamba3_mix_step
+from ssm_hf.ops.norm_linear import few_rows, norm_linear
 from ssm_hf.ops.step_size import step_size
 from ssm_hf.sequence import SequenceInfo
 
@@ -42,7 +44,8 @@ class Mamba3Mixer(Mixer):
         mimo_rank: R, streams of each head; with 1 there are no mimo_x, mimo_z and mimo_o.
         num_angles: S, pairs of states that rotate; 0 = none.
         rope_layout: `"pairwise"` or `"half"`.
-        A_activation: `"heavy_tail"` or `"softplus"`, see `decay_rates`.
+        A_activation: of the rates, `"heavy_tail"` (1 + a above 0, 1 / (1 - a) below, which falls
+            more slowly than an exponential) or `"softplus"`.
         A_floor: no rate is slower than this.
         trapezoid: False leaves out the token before (exponential-Euler rule).
         bc_bias: biases of B and C.
@@ -213,6 +216,8 @@ class Mamba3Mixer(Mixer):
         """Everything after in_proj."""
         z, hidden, B, C, dt, a, trap, angles = proj.split(self.sizes, dim=-1)
         layer, state = self._layer(past_key_values, hidden)
+        if layer is not None and is_plain_step(proj, seq, layer) and self._is_plain():
+            return self.out_proj(self._step(proj[:, 0], layer)[:, None])
         z, hidden = (v.unflatten(-1, (self.num_heads, self.head_dim)) for v in (z, hidden))
         grouped = (self.mimo_rank, self.n_groups, self.state_size)
         B = self.B_norm(B.unflatten(-1, grouped))
@@ -258,6 +263,68 @@ class Mamba3Mixer(Mixer):
             layer.write({name: t for name, t in zip(_STATES, final, strict=True) if t.numel()})
         return self.out_proj(y.flatten(2))
 
+    def _is_plain(self) -> bool:
+        """Whether the norms between the projections are no more than their weights."""
+        return all_plain(self.B_norm, self.C_norm, self.norm)
+
+    def _step(self, proj: Tensor, layer: RecurrentLayer, overlap: bool = False) -> Tensor:
+        """Everything between the projections for one token, proj (B, in_size) -> (B, I)."""
+        state = _as_scan_state(layer.state)
+        return mamba3_mix_step(
+            proj,
+            *state,
+            layer.tickets(proj.shape[0], self.num_heads, proj.device),
+            B_norm_weight=self.B_norm.weight,
+            C_norm_weight=self.C_norm.weight,
+            norm_eps=self.B_norm.eps,
+            B_bias=self.B_bias,
+            C_bias=self.C_bias,
+            dt_bias=self.dt_bias,
+            D=self.D,
+            mimo_x=self.mimo_x,
+            mimo_z=self.mimo_z,
+            mimo_o=self.mimo_o,
+            norm_weight=None if self.norm is None else self.norm.weight,
+            n_groups=self.n_groups,
+            rope_layout=self.rope_layout,
+            A_floor=self.A_floor,
+            A_activation=self.A_activation,
+            trapezoid=self.sizes[6] > 0,
+            overlap=overlap,
+        )
+
+    def residual_step(
+        self,
+        update: Tensor,
+        stream: Tensor | None,
+        norm: nn.Module,
+        past_key_values: RecurrentCache,
+    ) -> Tensor | None:
+        """Three kernels: norm and in_proj; the scan; out_proj and sum."""
+        if not (
+            type(norm) is ResidualNorm
+            and few_rows(update, self.in_proj.weight)
+            and all_plain(norm, self.in_proj, self.out_proj)
+            and self._is_plain()
+        ):
+            return None
+        layer, _ = self._layer(past_key_values, update[:, :0].to(self.in_proj.weight.dtype))
+        if layer is None or not is_plain_step(update, SequenceInfo(), layer):
+            return None
+        x = (update if stream is None else stream + update)[:, 0]
+        proj = norm_linear(
+            x,
+            self.in_proj.weight,
+            self.in_proj.bias,
+            norm_weight=norm.weight,
+            eps=norm.eps,
+            out_dtype=torch.float32,
+            overlap=True,
+        )
+        y = self._step(proj, layer, overlap=True)
+        out = self.out_proj
+        return norm_linear(y, out.weight, out.bias, residual=x, overlap=True)[:, None]
+
     def _norm_and_gate(self, y: Tensor, z: Tensor) -> Tensor:
         """y (B, T, H, P), or (B, T, R, H, P) of several streams, normed and then gated by z."""
         assert self.norm is not None
@@ -272,20 +339,6 @@ class Mamba3Mixer(Mixer):
         """What the state depends on beside the tokens."""
         given = {"B_bias": self.B_bias, "mimo_x": self.mimo_x}
         return {name: value for name, value in given.items() if value is not None}
-
-
-def decay_rates(a: Tensor, activation: str, floor: float) -> Tensor:
-    """A = -max(f(a), floor), fp32 or wider, of the data-dependent a (..., H).
-
-    `"heavy_tail"`: f(a) = 1 + a for a >= 0, else 1 / (1 - a), which falls more slowly than an
-    exponential: rates near 0, long memories, are learnt more easily. `"softplus"`: log(1 + exp(a)).
-    """
-    a = a.to(compute_dtype(a))
-    if activation == "softplus":
-        f = F.softplus(a)
-    else:
-        f = torch.where(a >= 0, 1 + a, 1 / (1 - a.clamp(max=0)))
-    return -f.clamp(min=floor)
 
 
 # Rows of a chunk, R a token, that its cost is counted for.
