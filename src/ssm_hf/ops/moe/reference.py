@@ -125,6 +125,14 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b; without a product of its own where dtypes agree."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
 @torch.library.custom_op("ssm_hf::moe_experts_loop", mutates_args=())
 def _forward(
     x: Tensor,
@@ -197,8 +205,8 @@ def _backward(
         dh = (dy_here @ w_out[e].to(dtype)).to(wide)
         dweights[slots] = (h * dh).sum(dim=1).to(weights.dtype)
         dpre = activation_gradient(before, dh * weight, activation, gated).to(dtype)
-        dw_out[e] += dy_here.t() @ (h * weight).to(dtype)
-        dw_in[e] += dpre.t() @ _rows(x, slots, top_k)
+        _add_product(dw_out[e], dy_here.t(), (h * weight).to(dtype))
+        _add_product(dw_in[e], dpre.t(), _rows(x, slots, top_k))
         dx[slots] = dpre @ w_in[e].to(dtype)
     dx = dx.view(tokens, top_k, x.shape[1]).sum(dim=1, dtype=wide).to(x_given.dtype)
     return dx, dweights.view_as(weights), dw_in, dw_out
