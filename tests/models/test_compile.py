@@ -10,7 +10,13 @@ from torch._dynamo.backends.common import aot_autograd
 from transformers import PreTrainedModel
 
 import ssm_hf
-from ssm_hf import Mamba2ForCausalLM, Mamba3ForCausalLM, MambaForCausalLM
+from ssm_hf import (
+    HybridForCausalLM,
+    JambaForCausalLM,
+    Mamba2ForCausalLM,
+    Mamba3ForCausalLM,
+    MambaForCausalLM,
+)
 from tests.helpers import kernel_device, randomize_, relative_error, tiny
 
 CLASSES = {
@@ -18,7 +24,11 @@ CLASSES = {
     "mamba2": Mamba2ForCausalLM,
     "mamba3": Mamba3ForCausalLM,
     "mamba3-mimo": Mamba3ForCausalLM,
+    "ssm_hybrid": HybridForCausalLM,
+    "jamba": JambaForCausalLM,
 }
+# As many as there are kinds of layers.
+LAYERS = {"ssm_hybrid": 3, "jamba": 2}
 each_type = pytest.mark.parametrize("model_type", list(CLASSES))
 LENGTH = 9
 
@@ -47,7 +57,8 @@ def assert_compiled_equals_eager(
 ) -> None:
     device = kernel_device()
     torch._dynamo.reset()
-    model = randomize_(CLASSES[model_type](tiny(model_type, num_hidden_layers=1))).to(device)
+    layers = LAYERS.get(model_type, 1)
+    model = randomize_(CLASSES[model_type](tiny(model_type, num_hidden_layers=layers))).to(device)
     ids = torch.randint(3, 96, (2, LENGTH), device=device)
     compiled = torch.compile(model.train(), fullgraph=True, backend=backend, dynamic=False)
     options |= {"bf16": bf16, **facts(kind)}
