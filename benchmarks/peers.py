@@ -76,6 +76,25 @@ def _ssd_mamba() -> Run:
     return run
 
 
+@_peer("mamba3_scan", "mamba_ssm")
+def _mamba3_mamba() -> Run:
+    """Its Triton kernels for one rank; flash-linear-attention calls the same ones."""
+    without_cuda_scan()
+    from mamba_ssm.ops.triton.mamba3.mamba3_siso_combined import mamba3_siso_combined
+
+    def run(x, dt, A, trap, B, C, angles, D, z, B_bias, C_bias, dt_bias):
+        # As its module prepares them: softplus, Δ A, and angles spread over heads.
+        dt = F.softplus(dt + dt_bias)
+        angles = angles[:, :, None].expand(-1, -1, x.shape[2], -1).float()
+        return mamba3_siso_combined(
+            Q=C[:, :, 0], K=B[:, :, 0], V=x, ADT=(A * dt).transpose(1, 2),
+            DT=dt.transpose(1, 2), Trap=trap.transpose(1, 2), Q_bias=C_bias[:, 0],
+            K_bias=B_bias[:, 0], Angles=angles, D=D, Z=z, chunk_size=64,
+        )  # fmt: skip
+
+    return run
+
+
 @_peer("selective_scan", "mamba_ssm")
 def _selective_scan_mamba() -> Run:
     without_cuda_scan()

@@ -35,11 +35,13 @@ import torch
 from torch import Tensor
 
 from tests.helpers import relative_error
+from tests.ops.grid_mamba3 import FP32_INPUTS as MAMBA3_FP32_INPUTS
+from tests.ops.grid_mamba3 import MAMBA3
 from tests.ops.grid_operators import KERNELS, WEIGHTS, Inputs, per_document, randn
 from tests.ops.grid_training import TRAINING
 from tests.ops.pairwise import FACTORS, LISTS, Row
 
-OPERATORS = {**KERNELS, **TRAINING}
+OPERATORS = {**KERNELS, **MAMBA3, **TRAINING}
 ROWS, TRAINING_ROWS = (json.loads(Path(__file__).with_name(name).read_text()) for name in LISTS)
 LONG: Row = {
     "T": 70000, "N": 128, "B": 1, "G": 1, "P": 64, "packing": "none", "dtype": "bfloat16",
@@ -47,7 +49,7 @@ LONG: Row = {
 }  # fmt: skip
 SEQUENTIAL_UP_TO = 1000
 # Inputs without a time dimension are fp32 in every model, but for the convolution's.
-FP32_INPUTS = ("A", "D", "dt_bias", "initial_state")
+FP32_INPUTS = ("A", "D", "dt_bias", "initial_state", *MAMBA3_FP32_INPUTS)
 DRAWS = 3
 # What rounding to bf16 is expected to cost, relative, over many values.
 ROUNDING = 1.66e-3

@@ -1,7 +1,7 @@
 """Mamba-3's scan kernels as torch operators: launches, shapes for tracing, gradients."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,6 @@ from ssm_hf.ops.launch import (
     check_tensors,
     on_device,
     processors,
-    tuned,
     unsupported_dtypes,
 )
 from ssm_hf.ops.mamba3_scan.kernels import (
@@ -23,15 +22,27 @@ from ssm_hf.ops.mamba3_scan.kernels import (
 )
 from ssm_hf.ops.mamba3_scan.kernels_bwd import mamba3_bwd_kernel
 from ssm_hf.ops.mamba3_scan.kernels_pairs import mamba3_pairs_kernel
-from ssm_hf.ops.mamba3_scan.kernels_prepare import mamba3_phase_kernel, mamba3_prepare_kernel
 from ssm_hf.ops.mamba3_scan.kernels_sum import mamba3_prepare_bwd_kernel, mamba3_sum_kernel
+from ssm_hf.ops.mamba3_scan.launch_parts import (
+    TURN,
+    Inputs,
+    Marks,
+    Prepared,
+    Sizes,
+    describe,
+    in_rows,
+    plain,
+    prepare,
+    slots_of,
+    spread,
+    strides_of,
+    turned,
+)
 from ssm_hf.ops.mamba3_scan.reference import Mamba3State, keys
 from ssm_hf.ops.packing import document_numbers, next_real, previous_real
 from ssm_hf.ops.step_size import step_size
 
 # Triton's annotations do not know that plain values may stand for constants.
-_prepare_kernel: Any = mamba3_prepare_kernel
-_phase_kernel: Any = mamba3_phase_kernel
 _states_kernel: Any = mamba3_states_kernel
 _fwd_kernel: Any = mamba3_fwd_kernel
 _pairs_kernel: Any = mamba3_pairs_kernel
@@ -41,11 +52,8 @@ _sum_kernel: Any = mamba3_sum_kernel
 
 LARGEST = 256
 MOST_RANKS = 8
-# Rows (tokens times ranks) of a chunk.
-ROWS = 64
 # A segment of fewer chunks would cost more to enter than it saves.
 SHORTEST_SEGMENT = 4
-TURN = 2 * math.pi
 
 
 def why_unsupported(x: Tensor, B: Tensor, *others: Tensor | None) -> str | None:
@@ -61,272 +69,7 @@ def why_unsupported(x: Tensor, B: Tensor, *others: Tensor | None) -> str | None:
     return unsupported_dtypes(x, B, *others)
 
 
-class _Launch(NamedTuple):
-    """What all launches of one call share."""
-
-    batch: int
-    length: int
-    heads: int
-    groups: int
-    ranks: int
-    padded: int  # ranks, rounded up to a power of two
-    head_dim: int
-    states: int
-    angles: int  # rotated pairs of states
-    pairs: int  # of states that lie in tiles a and b: those that turn, or all of them
-    width: int  # slots of tiles a and b
-    rest: int  # slots of tile c
-    chunk: int  # tokens
-    rows: int  # batch rows, or documents of one row
-    chunks: int  # of all rows; with cu_seqlens an upper bound
-    longest: int  # chunks of the longest row; with cu_seqlens an upper bound
-    tables: tuple[
-        Tensor | None, Tensor | None, Tensor | None
-    ]  # cu_seqlens, first chunk, row of chunk
-    wide: bool  # products in fp32, not in the inputs' 16 bits
-    per_rank: bool  # y has a row for each rank
-    precision: str
-    fast: bool  # the GPU's own sine and cosine
-    device: torch.device
-
-    @property
-    def varlen(self) -> bool:
-        return self.tables[0] is not None
-
-    @property
-    def shape(self) -> dict[str, Any]:
-        """What the kernels of chunks are compiled for."""
-        return {
-            "HEAD_DIM": self.head_dim,
-            "RAGGED": self.varlen or self.length % self.chunk != 0,
-            "PER_RANK": self.per_rank,
-            "ROPE": self.angles > 0,
-            "VARLEN": self.varlen,
-            "WIDE": self.wide,
-            "PRECISION": self.precision,
-            "FAST": self.fast,
-            "Q": self.chunk,
-            "RANKS": self.padded,
-            "W": self.width,
-            "V": self.rest,
-        }
-
-    @property
-    def pitch(self) -> int:
-        """Slots of a row."""
-        return 2 * self.width + self.rest
-
-    @property
-    def half(self) -> int:
-        """Where the second halves of pairs begin in the caller's columns (not pairwise)."""
-        return self.states // 2 if self.angles else self.pairs
-
-    @property
-    def columns(self) -> dict[str, int]:
-        """What kernels of columns are compiled for."""
-        return {"RANKS": self.padded, "W": self.width, "PITCH": self.pitch}
-
-    def options(self, kernel: str) -> dict[str, Any]:
-        """Tuned options, with blocks no larger than a head."""
-        size = "wide" if self.wide else f"n{self.pitch}"
-        options: dict[str, Any] = dict(tuned(kernel, size, self.device))
-        if "BLOCK_P" in options:
-            options["BLOCK_P"] = min(options["BLOCK_P"], _block(self.head_dim, 64, self.device))
-        return options
-
-
-def _block(extent: int, least: int, device: torch.device) -> int:
-    """Smallest power of two that covers `extent`, and is at least `least` on a GPU.
-
-    With Triton 3.6 on Hopper, products with fewer than 64 rows lead to invalid memory accesses or
-    to wrong results.
-    """
-    least = 16 if common.architecture(device) == "cpu" else least
-    return max(least, 1 << (extent - 1).bit_length())
-
-
-class _Inputs(NamedTuple):
-    """Tensors of one call that have gradients, in the operators' order."""
-
-    x: Tensor
-    dt: Tensor
-    A: Tensor
-    trap: Tensor | None
-    B: Tensor
-    C: Tensor
-    angles: Tensor | None
-    D: Tensor | None
-    z: Tensor | None
-    B_bias: Tensor | None
-    C_bias: Tensor | None
-    mimo_x: Tensor | None
-    mimo_z: Tensor | None
-    mimo_o: Tensor | None
-    dt_bias: Tensor | None
-    entry: Tensor | None  # (rows, H, P, N), what the first token finds, in the caller's columns
-    phase: Tensor | None  # (rows, H, S), the angle before it
-
-
-class _Marks(NamedTuple):
-    """Integer tensors of one call."""
-
-    doc: Tensor | None
-    last: Tensor | None  # (B,) first token of each row's last document
-    cu_seqlens: Tensor | None
-    mask: Tensor | None
-    before: Tensor | None  # with mask: the real token before each
-    after: Tensor | None  # ... and after it
-
-
-def _describe(x: Tensor, B: Tensor, C: Tensor, angles: Tensor | None, mimo_o: Tensor | None,
-              cu_seqlens: Tensor | None) -> _Launch:  # fmt: skip
-    batch, length, heads, head_dim = x.shape
-    ranks, groups, states = B.shape[2:]
-    padded = 1 << (ranks - 1).bit_length()
-    chunk = ROWS // padded
-    rows, chunks = batch, batch * -(-length // chunk)
-    tables: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
-    if cu_seqlens is not None:
-        rows = cu_seqlens.numel() - 1
-        chunks = length // chunk + rows
-        counts = (cu_seqlens.diff() + (chunk - 1)) // chunk
-        first = F.pad(counts.cumsum(0), (1, 0))
-        numbers = torch.arange(chunks, device=x.device)
-        tables = (cu_seqlens, first, torch.searchsorted(first[1:], numbers, right=True))
-    precision, where = "ieee", common.architecture(x.device)
-    nvidia = where.startswith("sm")
-    if nvidia:
-        precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
-    # Triton's interpreter multiplies the bits of bf16 numbers as if they were integers.
-    interpreted = where == "cpu"
-    turning = 0 if angles is None else angles.shape[-1]
-    pairs = turning or -(-states // 2)
-    rest = max(states - 2 * pairs, 0)
-    return _Launch(
-        batch=batch,
-        length=length,
-        heads=heads,
-        groups=groups,
-        ranks=ranks,
-        padded=padded,
-        head_dim=head_dim,
-        states=states,
-        angles=turning,
-        pairs=pairs,
-        width=_block(pairs, 32, x.device),
-        rest=_block(rest, 32, x.device) if rest else 0,
-        chunk=chunk,
-        rows=rows,
-        chunks=chunks,
-        longest=-(-length // chunk),
-        tables=tables,
-        wide=interpreted or x.dtype == torch.float32 or not x.dtype == B.dtype == C.dtype,
-        per_rank=ranks > 1 and mimo_o is None,
-        precision=precision,
-        fast=nvidia,
-        device=x.device,
-    )
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x with channels side by side and a chunk's offsets below 2^31; any other strides stay."""
-    plain = x.stride(-1) == 1 or x.shape[-1] == 1
-    return x if plain and x.stride(1) < 2**31 // ROWS else x.contiguous()
-
-
-def _strides(x: Tensor | None, count: int = 3) -> tuple[int, ...]:
-    return (0,) * count if x is None else x.stride()[:count]
-
-
-def _slots(k: _Launch, pairwise: bool) -> Tensor:
-    """Index (N,): slot of each of the caller's columns of states; see `slot_of_column`."""
-    n = torch.arange(k.states, device=k.device)
-    if pairwise and k.angles:
-        return torch.where(n < 2 * k.pairs, n % 2 * k.width + n // 2, 2 * k.width + n - 2 * k.pairs)
-    j, i = n // k.half, n % k.half
-    rest = 2 * k.width + i - k.pairs + j * (k.half - k.pairs)
-    return torch.where(i < k.pairs, j * k.width + i, rest)
-
-
-def _spread(k: _Launch, value: Tensor, slots: Tensor) -> Tensor:
-    """(..., N) -> (..., slots) fp32."""
-    wide = value.new_zeros(*value.shape[:-1], k.pitch, dtype=torch.float32)
-    return wide.index_copy_(-1, slots, value.float())
-
-
-class _Prepared(NamedTuple):
-    """What the first kernels leave for the others; see `mamba3_prepare_kernel`."""
-
-    token: Tensor
-    scale: Tensor | None
-    turns: Tensor | None
-    phase: Tensor | None  # (chunks, H, W) turns at which chunks start
-    final: Tensor | None  # (rows, H, W) ... and at which rows end
-    before: Tensor | None  # (rows, H, W) ... and at which their last document starts
-    B: Tensor
-    C: Tensor
-    B_bias: Tensor | None
-    C_bias: Tensor | None
-    pairwise: bool
-
-
-def _prepare(k: _Launch, t: _Inputs, marks: _Marks, softplus: bool, pairwise: bool) -> _Prepared:
-    def new(*shape: int, zero: bool = False) -> Tensor:
-        make = t.x.new_zeros if zero else t.x.new_empty
-        return make(shape, dtype=torch.float32)
-
-    token = new(k.chunks, k.heads, k.chunk, 4)
-    scale = new(k.chunks, k.heads, k.chunk) if k.wide else None
-    narrow = torch.float32 if k.wide else t.x.dtype
-    rows = (k.batch, k.groups, k.length, k.padded, k.pitch)
-    B, C = (t.x.new_empty(rows, dtype=narrow) for _ in range(2))
-    B_bias, C_bias = (
-        None if b is None else new(k.heads, k.padded, k.pitch) for b in (t.B_bias, t.C_bias)
-    )
-    turns = sums = before_sums = phase = final = before = None
-    if t.angles is not None:
-        turns = new(k.batch, k.length, k.width)
-        sums = new(k.chunks, k.heads, k.width)
-        # Chunks beyond the last are not entered.
-        phase = new(k.chunks, k.heads, k.width, zero=k.varlen)
-        final = new(k.rows, k.heads, k.width)
-        if marks.last is not None:
-            before_sums, before = torch.empty_like(sums), torch.empty_like(final)
-    options = k.options("mamba3_prepare")
-    # Angles are never rounded, whatever products may be.
-    exact = "tf32x3" if k.fast else "ieee"
-    grid = k.chunks + (k.chunks + 1) * -(-k.heads // options["BLOCK_H"])
-    _prepare_kernel[(grid,)](
-        t.dt, t.A, t.trap, t.dt_bias, t.B, t.C, t.angles, marks.mask, marks.after, marks.doc,
-        marks.last, *k.tables, t.B_bias, t.C_bias, token, scale, turns, sums, before_sums, B, C,
-        B_bias, C_bias,
-        *_strides(t.dt), *_strides(t.A), *_strides(t.trap), *_strides(t.B, 4), *_strides(t.C, 4),
-        *_strides(t.angles, 2), *_strides(marks.mask, 2), *_strides(marks.after, 2),
-        *_strides(marks.doc, 2), k.rows, k.length, k.chunks, k.heads, k.groups, k.states, k.angles,
-        k.pairs, k.half, k.ranks, SOFTPLUS=softplus, VARLEN=k.varlen, WIDE=k.wide,
-        PAIRWISE=pairwise and k.angles > 0, Q=k.chunk, STEP=math.gcd(2 * k.width, k.rest),
-        PRECISION=exact,
-        **k.columns, **options,
-    )  # fmt: skip
-    if sums is not None:
-        entry = None
-        if t.phase is not None:
-            entry = F.pad(t.phase.float() / TURN, (0, k.width - k.angles))
-        options = k.options("mamba3_phase")
-        columns = k.heads * k.width
-        shared = (k.rows, k.length, columns)
-        grid = (k.rows * -(-columns // options["BLOCK_C"]),)
-        kinds = {"VARLEN": k.varlen, "Q": k.chunk, **options}
-        _phase_kernel[grid](sums, entry, phase, final, *k.tables[:2], *shared, **kinds)
-        if before is not None:
-            _phase_kernel[grid](before_sums, entry, None, before, *k.tables[:2], *shared, **kinds)
-            # The row's first document starts from the row's own angle.
-            assert marks.last is not None
-            before = before * (marks.last > 0)[:, None, None]
-    return _Prepared(token, scale, turns, phase, final, before, B, C, B_bias, C_bias, pairwise)
-
-
-def _segments(k: _Launch, programs: int, wanted: int) -> int:
+def _segments(k: Sizes, programs: int, wanted: int) -> int:
     """Pieces of a row that are walked at once, so that up to `wanted` programs run per processor.
 
     Not more: those that wait for a place gain nothing from being shorter.
@@ -336,9 +79,9 @@ def _segments(k: _Launch, programs: int, wanted: int) -> int:
 
 
 def _states(
-    k: _Launch,
-    t: _Inputs,
-    made: _Prepared,
+    k: Sizes,
+    t: Inputs,
+    made: Prepared,
     dy: Tensor | None,
     mask: Tensor | None,
     segments: int,
@@ -357,13 +100,13 @@ def _states(
         t.x, t.mimo_x, made.B, made.B_bias, dy, made.C, made.C_bias, t.z, t.mimo_z, t.mimo_o, mask,
         made.token, made.scale, made.turns, made.phase, outputs[0], outputs[1], *entries,
         outputs[2], state, carry, dstate, dcarry, *k.tables[:2],
-        *_strides(t.x), *_gradient_strides(k, dy), *_strides(t.z), *_strides(mask, 2),
+        *strides_of(t.x), *_gradient_strides(k, dy), *strides_of(t.z), *strides_of(mask, 2),
         k.rows, k.length, k.heads, k.groups, k.ranks, walked,
         TOTALS=find_totals, SEGMENTS=segments, **k.shape, **options,
     )  # fmt: skip
 
 
-def _gradient_strides(k: _Launch, dy: Tensor | None) -> tuple[int, ...]:
+def _gradient_strides(k: Sizes, dy: Tensor | None) -> tuple[int, ...]:
     """Batch, time, rank and head of a gradient of y."""
     if dy is None:
         return (0,) * 4
@@ -373,47 +116,24 @@ def _gradient_strides(k: _Launch, dy: Tensor | None) -> tuple[int, ...]:
     return batch, time, 0, head
 
 
-def _totals(k: _Launch, segments: int) -> tuple[Tensor, Tensor]:
+def _totals(k: Sizes, segments: int) -> tuple[Tensor, Tensor]:
     """Where segments leave their state and their decay."""
     like = torch.empty(0, dtype=torch.float32, device=k.device)
     shape = (k.rows, segments, k.heads)
     return like.new_empty(*shape, k.head_dim, k.pitch), like.new_empty(shape)
 
 
-def _plain(t: _Inputs) -> _Inputs:
-    """Inputs as the kernels take them: weights dense, the others with strides of their own."""
-    dense = {
-        name: None if v is None else v.contiguous()
-        for name, v in t._asdict().items()
-        if name in ("D", "B_bias", "C_bias", "mimo_x", "mimo_z", "mimo_o", "dt_bias")
-    }
-    strided = {
-        name: None if v is None else _rows(v)
-        for name, v in t._asdict().items()
-        if name in ("x", "B", "C", "angles", "z")
-    }
-    return t._replace(**dense, **strided)
-
-
-def _turned(k: _Launch, state: Tensor, turns: Tensor, sign: int) -> Tensor:
-    """State (rows, H, P, slots) with its pairs turned by sign * turns (rows, H, W)."""
-    angle = (sign * TURN) * turns[:, :, None]
-    cos, sin = angle.cos(), angle.sin()
-    a, b, c = state.split([k.width, k.width, k.rest], dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos, c], dim=-1)
-
-
-def _leave(k: _Launch, made: _Prepared, state: Tensor) -> tuple[Tensor, Tensor]:
+def _leave(k: Sizes, made: Prepared, state: Tensor) -> tuple[Tensor, Tensor]:
     """Final state and angle in the caller's columns, as of the last document."""
     angle = state.new_empty(k.rows, k.heads, 0)
     if made.final is not None:
         turns = made.final
         if made.before is not None:
-            state = _turned(k, state, made.before, -1)
+            state = turned(k, state, made.before, -1)
             turns = turns - made.before
         angle = (turns - turns.floor())[..., : k.angles] * TURN
         angle = torch.where(angle < TURN, angle, 0.0)
-    return state.index_select(-1, _slots(k, made.pairwise)), angle
+    return state.index_select(-1, slots_of(k, made.pairwise)), angle
 
 
 @torch.library.custom_op("ssm_hf::mamba3_scan_fwd", mutates_args=())
@@ -446,17 +166,17 @@ def _forward(
     keep_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y; with `keep_state` also S (rows, H, P, N) and angle (rows, H, S) after the last token."""
-    t = _plain(
-        _Inputs(x, dt, A, trap, B, C, angles, D, z, B_bias, C_bias, mimo_x, mimo_z, mimo_o,
+    t = plain(
+        Inputs(x, dt, A, trap, B, C, angles, D, z, B_bias, C_bias, mimo_x, mimo_z, mimo_o,
                 dt_bias, entry, phase)
     )  # fmt: skip
-    marks = _Marks(doc, last, cu_seqlens, mask, before, after)
-    k = _describe(t.x, B, C, angles, mimo_o, cu_seqlens)
+    marks = Marks(doc, last, cu_seqlens, mask, before, after)
+    k = describe(t.x, B, C, angles, mimo_o, cu_seqlens)
     y = x.new_empty(_y_shape(x, B, mimo_o))
     final = x.new_empty(k.rows, k.heads, k.head_dim, k.pitch, dtype=torch.float32)
     with on_device(x):
-        made = _prepare(k, t, marks, softplus, pairwise)
-        initial = None if entry is None else _spread(k, entry, _slots(k, pairwise))
+        made = prepare(k, t, marks, softplus, pairwise)
+        initial = None if entry is None else spread(k, entry, slots_of(k, pairwise))
         options = k.options("mamba3_fwd")
         wanted = options.pop("PROGRAMS")
         programs = k.rows * k.heads * -(-k.head_dim // options["BLOCK_P"])
@@ -473,7 +193,7 @@ def _forward(
         _fwd_kernel[(programs * segments,)](
             t.x, t.mimo_x, made.B, made.B_bias, made.C, made.C_bias, t.D, t.z, t.mimo_z, t.mimo_o,
             mask, made.token, made.scale, made.turns, made.phase, initial, totals, carry, y, final,
-            *k.tables[:2], *_strides(t.x), *_strides(t.z), *_strides(mask, 2),
+            *k.tables[:2], *strides_of(t.x), *strides_of(t.z), *strides_of(mask, 2),
             k.rows, k.length, k.heads, k.groups, k.ranks,
             SEGMENTS=segments, **k.shape, **options,
         )  # fmt: skip
@@ -533,23 +253,23 @@ def _backward(
     pairwise: bool,
 ) -> list[Tensor]:
     """Gradients of the inputs from x to phase; empty ones for what is None."""
-    t = _plain(
-        _Inputs(x, dt, A, trap, B, C, angles, D, z, B_bias, C_bias, mimo_x, mimo_z, mimo_o,
+    t = plain(
+        Inputs(x, dt, A, trap, B, C, angles, D, z, B_bias, C_bias, mimo_x, mimo_z, mimo_o,
                 dt_bias, entry, phase)
     )  # fmt: skip
-    marks = _Marks(doc, last, cu_seqlens, mask, before, after)
-    k = _describe(t.x, B, C, angles, mimo_o, cu_seqlens)
-    dy = x.new_zeros(_y_shape(x, B, mimo_o)) if dy is None else _rows(dy)
+    marks = Marks(doc, last, cu_seqlens, mask, before, after)
+    k = describe(t.x, B, C, angles, mimo_o, cu_seqlens)
+    dy = x.new_zeros(_y_shape(x, B, mimo_o)) if dy is None else in_rows(dy)
     with on_device(x):
-        made = _prepare(k, t, marks, softplus, pairwise)
+        made = prepare(k, t, marks, softplus, pairwise)
         return _gradients_of(k, t, marks, made, dy, dstate, dangle, state, softplus, pairwise)
 
 
 def _gradients_of(
-    k: _Launch,
-    t: _Inputs,
-    marks: _Marks,
-    made: _Prepared,
+    k: Sizes,
+    t: Inputs,
+    marks: Marks,
+    made: Prepared,
     dy: Tensor,
     dstate: Tensor | None,
     dangle: Tensor | None,
@@ -566,7 +286,7 @@ def _gradients_of(
     states, dstates = (t.x.new_empty(shape, dtype=narrow) for _ in range(2))
     dfinal, extra = _of_final(k, made, dstate, dangle, state)
     dinitial = None if t.entry is None else new(k.rows, *shape[1:])
-    initial = None if t.entry is None else _spread(k, t.entry, _slots(k, pairwise))
+    initial = None if t.entry is None else spread(k, t.entry, slots_of(k, pairwise))
     _states_of_chunks(k, t, made, dy, marks.mask, (initial, dfinal), (states, dstates, dinitial))
 
     of_chunk = (k.chunks, k.heads, k.ranks)
@@ -578,7 +298,7 @@ def _gradients_of(
     pairs = t.x.new_empty(k.chunks, k.heads, rows, rows, dtype=narrow)
     turn = new(k.chunks, k.heads, k.width) if k.angles else None
     strides = (
-        *_strides(t.x), *_strides(t.z), *_strides(marks.mask, 2), *_gradient_strides(k, dy)
+        *strides_of(t.x), *strides_of(t.z), *strides_of(marks.mask, 2), *_gradient_strides(k, dy)
     )  # fmt: skip
     options = k.options("mamba3_pairs")
     _pairs_kernel[(k.chunks * k.heads,)](
@@ -616,8 +336,8 @@ def _gradients_of(
     options = k.options("mamba3_prepare_bwd")
     _prepare_bwd_kernel[(k.chunks * -(-k.heads // options["BLOCK_H"]),)](
         t.dt, t.A, t.trap, t.dt_bias, marks.mask, marks.before, marks.doc, *k.tables,
-        grad, ddt, dA, dtrap, dbias, *_strides(t.dt), *_strides(t.A), *_strides(t.trap),
-        *_strides(marks.mask, 2), *_strides(marks.before, 2), *_strides(marks.doc, 2),
+        grad, ddt, dA, dtrap, dbias, *strides_of(t.dt), *strides_of(t.A), *strides_of(t.trap),
+        *strides_of(marks.mask, 2), *strides_of(marks.before, 2), *strides_of(marks.doc, 2),
         k.rows, k.length, k.heads, grad[0].numel(), SOFTPLUS=softplus, ROPE=k.angles > 0,
         VARLEN=k.varlen, Q=k.chunk, **options,
     )  # fmt: skip
@@ -642,7 +362,7 @@ def _gradients_of(
 
     dentry = dstart = None
     if dinitial is not None and t.entry is not None:
-        dentry = dinitial.index_select(-1, _slots(k, pairwise)).to(t.entry.dtype)
+        dentry = dinitial.index_select(-1, slots_of(k, pairwise)).to(t.entry.dtype)
     if dphase is not None and t.phase is not None:
         dstart = dphase.sum(0)[..., : k.angles]
         if marks.cu_seqlens is not None:
@@ -651,7 +371,7 @@ def _gradients_of(
             dstart = torch.where(empty, 0.0 if dangle is None else dangle.float(), dstart)
         dstart = dstart.to(t.phase.dtype)
     dB_bias, dC_bias = (
-        None if b is None else b.sum(0).index_select(-1, _slots(k, pairwise))[None]
+        None if b is None else b.sum(0).index_select(-1, slots_of(k, pairwise))[None]
         for b in (dB_bias, dC_bias)
     )
     given = (
@@ -663,8 +383,8 @@ def _gradients_of(
 
 
 def _of_final(
-    k: _Launch,
-    made: _Prepared,
+    k: Sizes,
+    made: Prepared,
     dstate: Tensor | None,
     dangle: Tensor | None,
     state: Tensor | None,
@@ -675,27 +395,26 @@ def _of_final(
     extra = None
     if dstate is None and dangle is None:
         return None, None
-    slots = _slots(k, made.pairwise)
-    dfinal = None if dstate is None else _spread(k, dstate, slots)
+    slots = slots_of(k, made.pairwise)
+    dfinal = None if dstate is None else spread(k, dstate, slots)
     if k.angles:
         extra = slots.new_zeros(k.rows, k.heads, k.width, dtype=torch.float32)
         if dangle is not None:
             extra[..., : k.angles] = dangle.float()
         if dfinal is not None:
             assert state is not None
-            a, b, _ = _spread(k, state, slots).split([k.width, k.width, k.rest], dim=-1)
+            a, b, _ = spread(k, state, slots).split([k.width, k.width, k.rest], dim=-1)
             da, db, _ = dfinal.split([k.width, k.width, k.rest], dim=-1)
-            turned = (a * db - b * da).sum(dim=2)
-            extra[..., : k.angles] += turned[..., : k.angles]
+            extra[..., : k.angles] += (a * db - b * da).sum(dim=2)[..., : k.angles]
             if made.before is not None:
-                dfinal = _turned(k, dfinal, made.before, 1)
+                dfinal = turned(k, dfinal, made.before, 1)
     return dfinal, extra
 
 
 def _states_of_chunks(
-    k: _Launch,
-    t: _Inputs,
-    made: _Prepared,
+    k: Sizes,
+    t: Inputs,
+    made: Prepared,
     dy: Tensor,
     mask: Tensor | None,
     entries: tuple[Tensor | None, Tensor | None],
@@ -716,7 +435,7 @@ def _states_of_chunks(
     _states(k, t, made, dy, mask, segments, totals, outputs, entries, options)
 
 
-def _heads_per_program(k: _Launch, most: int) -> int:
+def _heads_per_program(k: Sizes, most: int) -> int:
     """Largest number of heads that divides a group's, at most `most`, and keeps the GPU full."""
     per_group = k.heads // k.groups
     enough = 2 * processors(k.device)

@@ -1,6 +1,6 @@
 """The one-token kernel as a torch operator."""
-# Kernels annotate plain values as constexpr.
-# pyright: reportArgumentType=false
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from ssm_hf.ops.launch import (
 )
 from ssm_hf.ops.mamba3_scan.kernels_step import mamba3_step_kernel
 
+# Triton's annotations do not know that plain values may stand for constants.
+_kernel: Any = mamba3_step_kernel
 # Fewer programs than this leave a GPU's multiprocessors idle.
 _FEW_PROGRAMS = 512
 
@@ -78,7 +80,7 @@ def mamba3_mix_step_triton(
         block_p = max(1, min(block_states // block_n, block_p))
     splits = -(-head_dim // block_p)
     with on_device(proj):
-        mamba3_step_kernel[(batch * heads * splits,)](
+        _kernel[(batch * heads * splits,)](
             proj, angle_state, ssm_state, k_state, v_state, tickets, *dense, out, proj.stride(0),
             out.stride(0), heads, n_groups, head_dim, n, pairs, splits, norm_eps, A_floor,
             RANKS=ranks, HEAVY_TAIL=heavy_tail, TRAPEZOID=trapezoid, ROPE=pairs > 0,
