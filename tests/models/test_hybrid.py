@@ -216,6 +216,31 @@ def test_router_losses_weigh_in() -> None:
     torch.testing.assert_close(out.loss, expected)
 
 
+def test_parameter_groups_spare_norms_biases_and_decays() -> None:
+    model = build([*SMALL["options"], *SMALL["nemotron-h"]])
+    decayed, spared = (set(group["names"]) for group in model.parameter_groups(0.1))
+    names = {name for name, _ in model.named_parameters()}
+    assert decayed | spared == names
+    assert not decayed & spared
+    ends = ("bias", "norm.weight", "norm_f.weight", "A_log", ".D", "dt_bias")
+    assert spared == {name for name in names if name.endswith(ends)}
+
+
+def test_flops_per_token_equal_a_count_by_hand() -> None:
+    head = 2 * 32 * 96
+    # q, k, v and out: 4 heads of 8, 2 of keys and values; then 4 operations for each number of the
+    # keys seen: (64 + 1) / 2 on the mean, or 5 but for the first four tokens.
+    attention = 2 * 32 * (32 + 2 * 16 + 32) + 4 * 32 * (64 + 1) // 2
+    assert build("attention").flops_per_token(64) == attention + head
+    seen = 64 * 5 - (4 + 3 + 2 + 1)
+    sliding = 2 * 32 * 4 * 32 + 4 * 32 * seen // 64
+    assert build("sliding_attention").flops_per_token(64) == sliding + head
+    # A gated MLP of 128; the router and two experts of 24 with a gate.
+    rest = 2 * 3 * 32 * 128 + 2 * (4 * 32 + 2 * 3 * 24 * 32)
+    mlp = {"type": "mlp", "intermediate_size": 100}
+    assert build(["attention", mlp, "moe"]).flops_per_token(64) == attention + rest + head
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"blocks": []}, "blocks must list at least one block"),
     ({"blocks": "2*mlp moe"}, "no token would see another one"),
