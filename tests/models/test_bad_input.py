@@ -29,7 +29,10 @@ MODELS = {
     "jamba": JambaForCausalLM,
     "ssm_hybrid": HybridForCausalLM,
 }
-each_type = pytest.mark.parametrize("model_type", MODELS)
+each_type = pytest.mark.parametrize(
+    "model_type",
+    [pytest.param(n, marks=pytest.mark.slow if n == "jamba" else ()) for n in MODELS],
+)
 IDS = torch.arange(3, 29).view(2, 13)
 
 

@@ -127,7 +127,16 @@ def _capture_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs.torch.cuda, "graph_pool_handle", lambda: None)
 
 
-@pytest.fixture(params=list(CLASSES))
+# Hybrids run quickly where keys and values can make a difference; the rest is slow for its number.
+with_hybrids = pytest.mark.parametrize("model", list(CLASSES), indirect=True)
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=pytest.mark.slow if name == "ssm_hybrid" else ())
+        for name in CLASSES
+    ]
+)
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     return _model(request.param)
 
@@ -163,6 +172,7 @@ def _uncaptured(model: PreTrainedModel) -> Iterator[None]:
         handle.remove()
 
 
+@with_hybrids
 @torch.no_grad()
 @pytest.mark.parametrize("batch", [1, 9])
 def test_greedy_tokens_equal_whole_forward_passes(model: PreTrainedModel, batch: int) -> None:
@@ -305,6 +315,7 @@ def test_blocks_without_a_state_and_shared_blocks_are_captured() -> None:
     assert torch.equal(out, _theirs(model, ids, max_new_tokens=12))
 
 
+@with_hybrids
 @torch.no_grad()
 def test_left_padded_rows_equal_single_rows(model: PreTrainedModel) -> None:
     rows = [_ids(1, n)[0] for n in (8, 3, 1)]
@@ -317,6 +328,7 @@ def test_left_padded_rows_equal_single_rows(model: PreTrainedModel) -> None:
         assert got[8:].tolist() == alone[0, len(row) :].tolist()
 
 
+@with_hybrids
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("width", "side"),
@@ -348,6 +360,7 @@ def test_prompts_read_in_pieces_equal_one_pass(
     assert bool(pieces) == (width <= prefill.LARGE * prefill.MOST_PIECES)
 
 
+@with_hybrids
 @torch.no_grad()
 def test_pieces_of_the_usual_size(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
@@ -394,6 +407,7 @@ def _latest(model: PreTrainedModel) -> graphs.Capture:
     return next(reversed(graphs_of(model).captures.values()))
 
 
+@with_hybrids
 @torch.no_grad()
 @pytest.mark.parametrize("run", [_generate, _theirs])
 def test_a_chat_continues_its_cache(model: PreTrainedModel, run) -> None:
@@ -409,6 +423,7 @@ def test_a_chat_continues_its_cache(model: PreTrainedModel, run) -> None:
             assert cache.seen_tokens == texts[i].shape[1] - 1
 
 
+@with_hybrids
 @torch.no_grad()
 def test_a_users_cache_keeps_its_tensors(model: PreTrainedModel) -> None:
     cache = RecurrentCache(model.config)
@@ -448,6 +463,7 @@ def test_batch_sizes_may_change_between_calls(model: PreTrainedModel) -> None:
         assert torch.equal(_generate(model, ids, max_new_tokens=6), expected)
 
 
+@with_hybrids
 @torch.no_grad()
 def test_returned_caches_do_not_change_later(model: PreTrainedModel) -> None:
     ids = _ids(2, 4)
@@ -510,6 +526,7 @@ def test_several_sequences_of_one_prompt(model: PreTrainedModel) -> None:
     assert torch.equal(runs[0], runs[1])
 
 
+@with_hybrids
 @torch.no_grad()
 @pytest.mark.parametrize(
     "options",

@@ -40,7 +40,10 @@ BACKBONES = {
     "ssm_hybrid": HybridModel,
     "jamba": JambaModel,
 }
-each_type = pytest.mark.parametrize("model_type", MODELS)
+each_type = pytest.mark.parametrize(
+    "model_type",
+    [pytest.param(n, marks=pytest.mark.slow if n == "jamba" else ()) for n in MODELS],
+)
 each_tying = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 
 
