@@ -13,8 +13,8 @@ from ssm_hf.ops.mamba3_scan.step import mamba3_mix_step
 from tests.helpers import kernel_device, relative_error
 
 DEVICE = kernel_device()
-# fp32 rounding, of angles too, which are sums over all tokens; gradients of scalars that act on all tokens are sums of terms of both signs, of
-# which a digit or two cancel here.
+# fp32 rounding, of angles too, which are sums over all tokens; gradients of scalars that act on all
+# tokens are sums of terms of both signs, of which a digit or two cancel here.
 SINGLE, SUMS = 1e-5, 1e-4
 STATE = ("angle", "ssm", "k", "v")
 slow = pytest.mark.slow
