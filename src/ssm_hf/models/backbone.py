@@ -155,7 +155,10 @@ class SSMPreTrainedModel(PreTrainedModel):
 
     def _initialize_weights(self, module: nn.Module, *_: Any, **__: Any) -> None:
         """Called for every module. For classes outside transformers, one without parameters of its
-        own (an MLP) is passed over unless told that they are initialised by its functions."""
+        own (an MLP) would be passed over; here one is, if all that is in it has been loaded."""
+        values = [*module.parameters(), *module.buffers()]
+        if values and all(getattr(value, "_is_hf_initialized", False) for value in values):
+            return
         super()._initialize_weights(module)
 
     @torch.no_grad()
