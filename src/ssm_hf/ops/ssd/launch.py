@@ -375,7 +375,8 @@ def gradients_into(
         # fit a multiprocessor.
         options["STAGES"] = max(1, (options["STAGES"] - (z is not None)) // p_blocks)
         blocks = k.heads // k.groups // heads
-        split = math.gcd(heads, options.pop("SPLIT"))
+        most = options.pop("SHARE")
+        split = next(s for s in range(1, heads + 1) if heads % s == 0 and heads // s <= most)
         parts = blocks * (split + 1)
         part_type, scales = torch.float32, (None, None)
         if x.dtype == B.dtype == C.dtype != torch.float32:
