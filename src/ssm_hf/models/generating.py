@@ -253,7 +253,8 @@ class GeneratingMixin:
             position_ids=None if positions is None else positions[:, -length:],
             past_length=cache.get_seq_length(),
         )
-        if seq.seq_idx is not None:
+        rotates = any(getattr(m, "rotary_dim", 0) for m in self.modules())
+        if seq.seq_idx is not None or (rotates and not _only_counted(seq)):
             return None
         embed, _, _ = self.base_model._parts()
         check_ids(ids, "input_ids", embed.num_embeddings)
@@ -388,6 +389,17 @@ def _new_tokens(input_ids: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
     if seen and (whole is None or whole.shape[1] == input_ids.shape[1]):
         return input_ids[:, seen:]
     return input_ids
+
+
+def _only_counted(seq: SequenceInfo) -> bool:
+    """Whether positions, where any are given, go up by one from real token to real token."""
+    if seq.position_ids is None:
+        return True
+    if seq.mask is None:
+        return bool((seq.position_ids.diff(dim=1) == 1).all())
+    ahead = seq.position_ids - seq.mask.long().cumsum(dim=1)
+    first = ahead.gather(1, seq.mask.int().argmax(dim=1, keepdim=True))
+    return bool(((ahead == first) | ~seq.mask).all())
 
 
 def _reserve(
