@@ -70,6 +70,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"rope_layout": "interleaved"}, "rope_layout must be 'pairwise' or 'half', got 'interleaved'"),
     ({"A_activation": "relu"}, "A_activation must be 'heavy_tail' or 'softplus', got 'relu'"),
     ({"A_floor": -1e-4}, "A_floor must be 0 or more"),
+    ({"A_floor": math.nan}, "A_floor must be 0 or more, and finite, got nan"),
     ({"head_dim": 7}, r"head_dim=7 does not divide expand \* hidden_size = 64"),
     ({"n_groups": 3}, "n_groups=3 and .* = 8"),
     ({"n_groups": 0}, "n_groups must be at least 1, got 0"),

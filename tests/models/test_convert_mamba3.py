@@ -184,16 +184,22 @@ def test_unstated_activation_is_assumed_with_one_warning(
     assert not caplog.records
 
 
+@pytest.mark.parametrize("left_out", [(), ("hidden_size",)])
 def test_config_of_ours_without_an_activation_is_read_with_one_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    left_out: tuple[str, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     values = tiny("mamba3").to_dict()
-    del values["A_activation"]
+    for name in ("A_activation", *left_out):
+        del values[name]
     (tmp_path / "config.json").write_text(json.dumps(values))
     assert Mamba3Config.from_pretrained(tmp_path).A_activation == "heavy_tail"
     (record,) = caplog.records
     assert "'heavy_tail' is assumed" in record.getMessage()
     assert '"A_activation": "softplus"' in record.getMessage()
+    caplog.clear()
+    told = Mamba3Config.from_pretrained(tmp_path, A_activation="softplus")
+    assert told.A_activation == "softplus"
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("mimo", [False, True], ids=["siso", "mimo"])

@@ -1,6 +1,7 @@
 """Config of Mamba-3 models."""
 
 import logging
+import math
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -120,7 +121,8 @@ class Mamba3Config(NativeConfigMixin):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Build from the content of a config.json; keys of no field are kept as attributes.
 
-        A file that does not state the activation of A is read with one warning.
+        A file that does not state the activation of A is read with one warning, unless the caller
+        states it.
 
         Raises:
             ValueError: the file is in mamba_ssm's or flash-linear-attention's format.
@@ -131,13 +133,14 @@ class Mamba3Config(NativeConfigMixin):
                 f"config.json is in flash-linear-attention's format (it has {', '.join(foreign)}): "
                 "convert the checkpoint with `python -m ssm_hf.convert SRC DST`"
             )
-        if "A_activation" not in config_dict and "hidden_size" in config_dict:
+        result = super().from_dict(config_dict, **kwargs)
+        if "A_activation" not in config_dict.keys() | kwargs.keys():
             logger.warning(
                 "config.json does not state the activation of Mamba-3's rates: %r is assumed. If "
                 'the loss is far too high, write "A_activation": "softplus" into the file',
                 ASSUMED_ACTIVATION,
             )
-        return super().from_dict(config_dict, **kwargs)
+        return result
 
     def validate_architecture(self) -> None:
         """Run by the constructor and by `from_dict`."""
@@ -155,8 +158,8 @@ class Mamba3Config(NativeConfigMixin):
             raise ValueError(
                 f"intermediate_size must be 0 (no MLP) or more, got {self.intermediate_size}"
             )
-        if self.A_floor < 0:
-            raise ValueError(f"A_floor must be 0 or more, got {self.A_floor}")
+        if not 0 <= self.A_floor < math.inf:
+            raise ValueError(f"A_floor must be 0 or more, and finite, got {self.A_floor}")
         inner = self.expand * self.hidden_size
         if inner % self.head_dim:
             raise ValueError(
