@@ -98,7 +98,9 @@ def test_generate_left_padded_batch_equals_single_rows(model: PreTrainedModel) -
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, {"use_cache": False}, {"num_beams": 2}, {"prefill_chunk_size": 3}]
+)
 def test_generate_right_padded_batch_equals_single_rows(
     model: PreTrainedModel, options: dict
 ) -> None:

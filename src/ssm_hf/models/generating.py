@@ -318,17 +318,21 @@ class GeneratingMixin:
         outputs = None
         for part in input_ids.split(size, dim=1):
             seen = cache.get_seq_length() + part.shape[1]
+            columns = slice(seen - part.shape[1], seen)
+            before = outputs
             outputs = self(
                 input_ids=part,
                 attention_mask=None if mask is None else mask[:, :seen],
-                position_ids=None
-                if positions is None
-                else positions[:, seen - part.shape[1] : seen],
+                position_ids=None if positions is None else positions[:, columns],
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
                 return_dict=True,
             )
+            if before is not None and mask is not None:
+                # A row whose tokens have all come in earlier calls keeps what follows them.
+                new = mask[:, columns].bool().any(dim=1)[:, None, None]
+                outputs.logits = torch.where(new, outputs.logits, before.logits)
         if outputs is None:
             raise ValueError("past_key_values has seen all of input_ids: no new token is given")
         return outputs
