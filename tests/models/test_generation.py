@@ -13,6 +13,7 @@ from ssm_hf import (
     Mamba3ForCausalLM,
     MambaForCausalLM,
     RecurrentCache,
+    byte_tokenizer,
 )
 from ssm_hf.cache import KVLayer
 from tests.helpers import randomize_, tiny
@@ -114,6 +115,17 @@ def test_generate_right_padded_batch_equals_single_rows(
             row[None], attention_mask=torch.ones(1, row.shape[0]), max_new_tokens=10, **options
         )
         assert got[8:].tolist() == alone[0, row.shape[0] :].tolist()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}])
+def test_generate_stops_at_strings(model: PreTrainedModel, options: dict) -> None:
+    tokenizer, ids = byte_tokenizer(), _ids(1, 9)
+    given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, **options}
+    stop = tokenizer.decode(model.generate(ids, **given)[0, 9:10])
+    stopped = model.generate(ids, stop_strings=[stop], tokenizer=tokenizer, **given)[0, 9:]
+    text = tokenizer.decode(stopped)
+    assert text == stop if "num_beams" not in options else stop not in text[:-1]
 
 
 @torch.no_grad()

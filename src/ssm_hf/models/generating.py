@@ -176,6 +176,7 @@ class GeneratingMixin:
         **model_kwargs: Any,
     ) -> GenerateDecoderOnlyOutput | Tensor:
         """Greedy decoding and sampling: the same tokens as transformers' loop, without waiting."""
+        model_kwargs.pop("tokenizer", None)  # the stopping criteria have it
         cache = model_kwargs.get("past_key_values")
         options = (input_ids, logits_processor, stopping_criteria, generation_config)
         request = _request(self, *options, synced_gpus, cache)
@@ -200,6 +201,7 @@ class GeneratingMixin:
 
     def _beam_search(self: Any, *args: Any, **kwargs: Any) -> Any:
         """transformers' beam search over captured steps."""
+        kwargs.pop("tokenizer", None)  # the stopping criteria have it
         config, cache = kwargs.get("generation_config"), kwargs.get("past_key_values")
         visible = config is None or _outlives(config, cache)
         capture = not getattr(config, "disable_compile", False)
