@@ -77,6 +77,7 @@ def rms_norm_fwd_kernel(
     stride_gate,
     stride_y,
     rows,
+    groups,
     size,
     eps,
     HAS_RESIDUAL: tl.constexpr,
@@ -91,10 +92,11 @@ def rms_norm_fwd_kernel(
 ):
     """ROWS rows of one group a program; `scale` is (rows, groups).
 
+    Programs one after another take the groups of the same rows, which lie side by side in memory.
     With EARLY the weight is asked for together with the rows, so that nothing waits for it later.
     """
-    group = tl.program_id(1)
-    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    group = tl.program_id(0) % groups
+    row = ((tl.program_id(0) // groups).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     first = group * size
     x_at = row * (stride_x * UNIT) + first
     residual_at = row * (stride_residual * UNIT) + first
@@ -157,7 +159,7 @@ def rms_norm_fwd_kernel(
             )
             weight = _load_weight(weight_ptr, first, at, size)
             _finish(h, scale, gate, weight, y_ptr, y_at, at, inside, GATE_LAST)
-    tl.store(scale_ptr + row * tl.num_programs(1) + group, scale, mask=row < rows)
+    tl.store(scale_ptr + row * groups + group, scale, mask=row < rows)
 
 
 @triton.jit

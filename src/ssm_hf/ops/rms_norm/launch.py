@@ -87,7 +87,7 @@ def _forward(
     else:
         options["PARTS"] = 1
     with on_device(x):
-        rms_norm_fwd_kernel[(-(-rows // options["ROWS"]), groups)](
+        rms_norm_fwd_kernel[(-(-rows // options["ROWS"]) * groups,)](
             x,
             residual_rows,
             gate_rows,
@@ -97,6 +97,7 @@ def _forward(
             scale,
             *(stride // unit for stride in strides),
             rows=rows,
+            groups=groups,
             size=group_size,
             eps=eps,
             **options,

@@ -184,10 +184,14 @@ def selective_scan_carry_kernel(
 
     Forward, s is the state, v is x (B, T, E) and W is B (B, T, N). With REVERSE, s is the gradient
     that goes from the segment's end to its start, v is y's gradient (gated by z) and W is C.
+    Nobody asks what the last segment hands on (with REVERSE: the first), which has no program.
     """
     blocks = tl.cdiv(E, BLOCK_E)
     place = tl.program_id(0) // blocks
-    row, segment = place // segments, place % segments
+    row, segment = place // (segments - 1), place % (segments - 1)
+    if REVERSE:
+        segment += 1
+    place = row * segments + segment
     e = (tl.program_id(0) % blocks) * BLOCK_E + tl.arange(0, BLOCK_E)
     n = tl.arange(0, BLOCK_N)
     t = tl.arange(0, BLOCK_T)

@@ -39,7 +39,8 @@ def why_unsupported(A: Tensor, *others: Tensor | None) -> str | None:
 
 
 def _options(kernel: str, rows: int, x: Tensor, states: int) -> dict[str, Any]:
-    """Launch options and block sizes, for "few" or "many" channels to a multiprocessor.
+    """Launch options and block sizes, for "few" or "many" channels to a multiprocessor, or "wide"
+    channels of more than 32 states.
 
     STATES is what a program owns at N = 16. With more states a program has more warps, up to 8, and
     only then fewer channels: the shares of B's gradient are as many as there are channel blocks.
@@ -47,6 +48,8 @@ def _options(kernel: str, rows: int, x: Tensor, states: int) -> dict[str, Any]:
     channels = x.shape[2]
     a_processor = rows * channels // processors(x.device)
     size = "few" if a_processor < 64 else "many" if a_processor >= 192 else "default"
+    if states > 32:
+        size = "wide"
     options: dict[str, Any] = dict(tuned(kernel, size, x.device))
     owned = options.pop("STATES")
     a_warp = owned // options["num_warps"]
@@ -134,7 +137,7 @@ def _carries(
     inner, states = A.shape
     options = _options("selective_scan_carry", rows, v, states)
     carry = A.new_empty(rows, segments, 2, inner, states, dtype=torch.float32)
-    _carry_kernel[(rows * segments * -(-inner // options["BLOCK_E"]),)](
+    _carry_kernel[(rows * (segments - 1) * -(-inner // options["BLOCK_E"]),)](
         v,
         dt,
         A,
@@ -256,7 +259,8 @@ def _backward(
     wide: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
     dx, ddt = x.new_empty(x.shape), dt.new_empty(dt.shape)
     dz = None if z is None else z.new_empty(z.shape)
-    dB, dC = (torch.empty(blocks, batch, length, states, **wide) for _ in range(2))
+    # Shares of 16-bit gradients have 16 bits: half the traffic, one rounding more than the sum's.
+    dB, dC = (v.new_empty(blocks, batch, length, states) for v in (B, C))
     dA = torch.empty(rows * segments, inner, states, **wide)
     dD = None if D is None else torch.empty(rows * segments, inner, **wide)
     dbias = None if dt_bias is None else torch.empty(rows * segments, inner, **wide)

@@ -3,6 +3,10 @@
 A sequence is cut into chunks of Q tokens. Chunks of all rows are numbered through by v; the
 decays and states of a chunk lie at v. Rows are batch rows, or with `cu_seqlens` (VARLEN) documents:
 row r then has tokens cu[r]..cu[r + 1] of one long row, and chunks first[r]..first[r + 1].
+
+Mamba-3's kernels use the helpers that say where chunks and rows lie and that load and store tiles.
+What they rely on: tokens are int64, chunks beyond the last are empty (token >= end), masked places
+read 0, and a chunk's offsets within a row fit 32 bits.
 """
 
 import triton
@@ -126,15 +130,17 @@ def ssd_decay_kernel(
         dt_sb, dt_st, dt_sh, mask_sb, mask_st, doc_sb, doc_st, dt_min, dt_max, SOFTPLUS, LIMIT,
     )  # fmt: skip
     coarse = tl.floor(exponent * GRID + 0.5) * (1.0 / GRID)
-    at = decay_ptr + ((v.to(tl.int64) * heads + h)[None, :] * Q + i[:, None]) * 4
-    inside = (h < heads)[None, :] & (i < Q)[:, None]
     first, second = tl.cumsum(coarse, axis=0), tl.cumsum(exponent - coarse, axis=0)
     if not WIDE:
         first += second
         second = first - tl.log2(delta)
-    tl.store(at, first, mask=inside)
-    tl.store(at + 1, second, mask=inside)
-    tl.store(at + 2, delta, mask=inside)
+    # Joined, a token's numbers leave a thread in one store; the fourth is never read.
+    four = tl.join(tl.join(first, delta), tl.join(second, delta))
+    four = tl.reshape(four, (Q, BLOCK_H, 4))
+    at = ((v.to(tl.int64) * heads + h)[None, :] * Q + i[:, None]) * 4
+    inside = (h < heads)[None, :] & (i < Q)[:, None]
+    at = at[:, :, None] + tl.arange(0, 4)[None, None, :]
+    tl.store(decay_ptr + at, four, mask=inside[:, :, None])
 
 
 @triton.jit
@@ -150,7 +156,8 @@ def ssd_decay_bwd_kernel(
     share of dA and d dt_bias, sums (2, chunks, H).
 
     grad (4, chunks, H, Q): of a_t through pairs of tokens; through the state that enters; what t
-    leaves, u_t . (dS B_t) decayed to the chunk's end; the gradient of Δ as x's factor.
+    leaves, x_t . (dS B_t) decayed to the chunk's end, without Δ; the gradient of Δ as x's factor,
+    but for what t leaves.
     """
     blocks = tl.cdiv(heads, BLOCK_H)
     v = tl.program_id(0) // blocks
@@ -168,7 +175,8 @@ def ssd_decay_bwd_kernel(
     da = tl.load(grad_ptr + at, mask=h_in[None, :] & (i < Q)[:, None], other=0.0)
     da += tl.load(grad_ptr + plane + at, mask=h_in[None, :] & (i < Q)[:, None], other=0.0)
     left = tl.load(grad_ptr + 2 * plane + at, mask=real, other=0.0)
-    dscale = tl.load(grad_ptr + 3 * plane + at, mask=real, other=0.0)
+    dscale = left + tl.load(grad_ptr + 3 * plane + at, mask=real, other=0.0)
+    left *= delta
     # The exponent of t acts on what earlier tokens leave, and on all a from t on. Where a decay is
     # 0 whatever Δ is, it has no gradient.
     dexponent = tl.cumsum(da, axis=0, reverse=True) + (tl.cumsum(left, axis=0) - left)
@@ -224,6 +232,18 @@ def store_tile(
         tl.store(at, value, mask=(n < WIDTH)[None, :])
     else:
         tl.store(at, value)
+
+
+@triton.jit
+def save_buffer(ptr, stride, i, n, tile, length):
+    """Seem to store a loaded tile (no length lets it happen): a use of it besides products.
+
+    On Hopper, Triton gives a tile that only products use a buffer of shared memory more than
+    others, since a product may still run when the next load begins. Products whose result is used
+    in the same step do not. Without that buffer, three stages of two programs fit a multiprocessor.
+    """
+    never = tl.where(length < 0, 1, 0)
+    tl.store(ptr + i[:, None] * stride + n[None, :], tile, mask=(i < never)[:, None])
 
 
 @triton.jit
@@ -406,7 +426,7 @@ def ssd_fwd_kernel(
     STATES: tl.constexpr, HEAD_DIM: tl.constexpr, RAGGED: tl.constexpr,
     D_PER_CHANNEL: tl.constexpr, SEGMENTS: tl.constexpr, VARLEN: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, LEAN: tl.constexpr,
 ):  # fmt: skip
     """y (B, T, H, P) and the final state (rows, H, P, N).
 
@@ -486,6 +506,8 @@ def ssd_fwd_kernel(
             whole = tl.exp2(a_end)
         if D_ptr is not None and not D_PER_CHANNEL:
             scores += tl.where(i[:, None] == i[None, :], D, 0.0)
+        if LEAN:
+            save_buffer(C_ptr, C_st, i, n, C, length)
         y = tl.dot(C, tl.trans(S.to(dot_type)), input_precision=PRECISION)
         y *= from_entry[:, None]
         y = tl.dot(scores.to(dot_type), x.to(dot_type), y, input_precision=PRECISION)

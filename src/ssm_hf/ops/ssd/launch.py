@@ -265,8 +265,8 @@ def _forward(
         totals, carry = None, None
         if segments > 1:
             totals, carry = _totals(k, segments)
-            light = k.options("ssd_states")
-            light.pop("PROGRAMS")
+            # The forward pass's half of `ssd_states_kernel` likes other options than the whole.
+            light = k.options("ssd_totals")
             _states(
                 k, x, B, None, decay, segments, (totals, carry, totals, carry),
                 (None, None, None), (None, None), light,
@@ -375,13 +375,17 @@ def gradients_into(
         # fit a multiprocessor.
         options["STAGES"] = max(1, (options["STAGES"] - (z is not None)) // p_blocks)
         blocks = k.heads // k.groups // heads
-        split = math.gcd(heads, options.pop("SPLIT"))
+        most = options.pop("SHARE")
+        split = next(s for s in range(1, heads + 1) if heads % s == 0 and heads // s <= most)
         parts = blocks * (split + 1)
-        dB_parts = x.new_empty(parts, *B.shape, dtype=torch.float32)
-        dC_parts = x.new_empty(parts, *C.shape, dtype=torch.float32)
+        part_type, scales = torch.float32, (None, None)
+        if x.dtype == B.dtype == C.dtype != torch.float32:
+            part_type = torch.float16
+            scales = x.new_empty(2, parts, *B.shape[:3], dtype=torch.float32).unbind()
+        dB_parts, dC_parts = (x.new_empty(parts, *B.shape, dtype=part_type) for _ in range(2))
         _bwd_kernel[((split + 2) * k.chunks * k.groups * blocks,)](
             x, B, C, D, z, ungated, mask, dy, decay, states, dstates, dx, dz, dB_parts, dC_parts,
-            grad, dD_parts, *k.tables,
+            *scales, grad, dD_parts, *k.tables,
             *_strides(x), *_strides(B), *_strides(C), *_strides(z), *_strides(mask, 2),
             *_strides(dy), *_strides(dx, 2), *_strides(None if z is None else dz, 2),
             k.rows, k.length, k.heads, k.groups, grad[0].numel(),
@@ -398,13 +402,15 @@ def gradients_into(
             LIMIT=_limited(step), VARLEN=cu_seqlens is not None, Q=CHUNK, **options,
         )  # fmt: skip
         options = k.options("ssd_sum")
-        tokens, width = k.batch * k.length, k.groups * k.states
-        programs = -(-tokens // options["ROWS"]) * -(-width // options["COLUMNS"])
+        tokens = k.batch * k.length
+        options["COLUMNS"] = min(options["COLUMNS"], _block(k.states))
+        programs = -(-tokens // options["ROWS"]) * -(-k.states // options["COLUMNS"]) * k.groups
         _sum_kernel[(programs + k.heads,)](
-            dB_parts, dC_parts, sums, dD_parts, dB, dC, dA, None if dt_bias is None else dbias,
-            None if D is None else dD, *_strides(dB, 2), *_strides(dC, 2), tokens, k.length,
-            B.numel(), k.chunks, k.heads, WIDTH=width, B_PARTS=parts, C_PARTS=parts,
-            LAST=last, D_PER_CHANNEL=per_channel, BLOCK_L=_block(last), **options,
+            dB_parts, dC_parts, *scales, sums, dD_parts, dB, dC, dA,
+            None if dt_bias is None else dbias, None if D is None else dD,
+            *_strides(dB, 2), *_strides(dC, 2), tokens, k.length, B.numel(), k.chunks, k.heads,
+            k.groups, STATES=k.states, B_PARTS=parts, C_PARTS=parts, LAST=last,
+            D_PER_CHANNEL=per_channel, BLOCK_L=_block(last), **options,
         )  # fmt: skip
     if wide_dinitial is not None and wide_dinitial is not dinitial:
         dinitial.copy_(wide_dinitial)
