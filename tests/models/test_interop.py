@@ -348,6 +348,13 @@ def test_loss_of_a_larger_batch_can_be_shared(model_type: str) -> None:
     whole = model(ids, labels=ids).loss
     parts = [model(ids[i : i + 1], labels=ids[i : i + 1], num_items_in_batch=36) for i in range(3)]
     assert relative_error(sum(part.loss for part in parts), whole) < 1e-6
+    # A part may hold no target at all, such as a document of one token.
+    for return_logits in (True, False):
+        alone = model(ids[:, :1], labels=ids[:, :1], num_items_in_batch=36,
+                      return_logits=return_logits).loss  # fmt: skip
+        assert float(alone.detach()) == 0
+        alone.backward()
+        assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
 @each_type

@@ -432,7 +432,8 @@ class CausalLMMixin(GeneratingMixin):
             output_attentions: must not be True; there are no attention weights.
             logits_to_keep: only the last so many positions (0 = all), or their indices.
             num_items_in_batch: the summed loss is divided by it; default: by the number of targets.
-                Losses of routers then count by this call's share of the targets.
+                Losses of routers then count by this call's share of the targets, and a call of none
+                is no error.
             return_logits: False gives `logits=None` and forms the loss without ever holding the
                 logits of all tokens, which for small models are most of the memory.
             output_router_logits: return what routers of experts decided and add their losses, with
@@ -445,8 +446,8 @@ class CausalLMMixin(GeneratingMixin):
             `SSMCausalLMOutput`, logits in fp32. At a pad stand those of the last real token before.
 
         Raises:
-            ValueError: as in the backbone; labels of wrong shape, out of range, or all ignored;
-                `return_logits=False` without labels.
+            ValueError: as in the backbone; labels of wrong shape, out of range, or all ignored
+                without `num_items_in_batch`; `return_logits=False` without labels.
         """
         if output_attentions:
             raise ValueError("output_attentions=True: this model has no attention weights")
@@ -493,7 +494,8 @@ class CausalLMMixin(GeneratingMixin):
         if labels is not None:
             check_ids(labels, "labels", self.config.vocab_size, IGNORED)
             targets = shift_labels(labels, seq)[:, keep].contiguous()
-            _check_targets(targets)
+            if num_items_in_batch is None:
+                _check_targets(targets)
         base = self.base_model(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
