@@ -1,0 +1,61 @@
+"""Attention on intervals in plain torch: the definition, and the product with a dense mask."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssm_hf.ops.packing import compute_dtype
+
+
+def visible(low: Tensor, high: Tensor, keys: int, key_mask: Tensor | None) -> Tensor:
+    """True (B, N, S), or (1, N, S), where a query sees a key."""
+    key = torch.arange(keys, device=low.device)
+    seen = (key >= low[..., None]) & (key <= high[..., None])
+    return seen if key_mask is None else seen & key_mask[:, None]
+
+
+def interval_attention_definition(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    low: Tensor,
+    high: Tensor,
+    key_mask: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Softmax by its formula, in fp32 or wider; all scores are held at once."""
+    dtype, groups = compute_dtype(q, k, v), q.shape[2] // k.shape[2]
+    k, v = (t.to(dtype).repeat_interleave(groups, dim=2) for t in (k, v))
+    seen = visible(low, high, k.shape[1], key_mask)[:, None]
+    scores = torch.einsum("bnhd,bshd->bhns", q.to(dtype), k) * scale
+    scores = scores.masked_fill(~seen, -math.inf)
+    # A query that sees nothing has no largest score.
+    top = scores.detach().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(dtype).min)
+    weights = (scores - top).exp()
+    weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
+    return torch.einsum("bhns,bshd->bnhd", weights, v).to(q.dtype)
+
+
+def interval_attention_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    low: Tensor,
+    high: Tensor,
+    key_mask: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """The same by torch's scaled_dot_product_attention with a mask of N S bits a row."""
+    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    groups = q.shape[2] // k.shape[2]
+    # Repeated heads: with a mask, torch's fused kernels take no groups.
+    k, v = (t.repeat_interleave(groups, dim=2) if groups > 1 else t for t in (k, v))
+    seen = visible(low, high, k.shape[1], key_mask)
+    # Softmax over nothing is not a number: such a query sees all, and what comes out is dropped.
+    blind = ~seen.any(dim=-1)
+    seen = seen | blind[..., None]
+    heads_first = (t.to(dtype).transpose(1, 2) for t in (q, k, v))
+    y = F.scaled_dot_product_attention(*heads_first, attn_mask=seen[:, None], scale=scale)
+    return y.transpose(1, 2).masked_fill(blind[..., None, None], 0.0).to(q.dtype)

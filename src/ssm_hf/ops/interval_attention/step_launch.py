@@ -1,0 +1,121 @@
+"""The one-token kernels as a torch operator."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssm_hf.ops.interval_attention.kernels_step import (
+    interval_attention_step_kernel,
+    interval_attention_step_sum_kernel,
+)
+from ssm_hf.ops.launch import KERNEL_DTYPES, call, check_tensors, on_device, processors, tuned
+
+# Triton's annotations do not know that plain values may stand for constants.
+_step_kernel: Any = interval_attention_step_kernel
+_sum_kernel: Any = interval_attention_step_sum_kernel
+
+_MOST_SPLITS = 128
+
+
+def _power(size: int) -> int:
+    return 1 << max(size - 1, 0).bit_length()
+
+
+@torch.library.custom_op("ssm_hf::interval_attention_step", mutates_args=("keys", "values"))
+def _step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: Tensor,
+    first: Tensor | None,
+    attend: Tensor | None,
+    store: Tensor | None,
+    window: int,
+    scale: float,
+) -> Tensor:
+    batch, slots, groups, head_dim = keys.shape
+    heads = q.shape[1]
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    y = q.new_empty(q.shape)
+    if q.numel() == 0:
+        return y
+    per_group, block_d = heads // groups, max(16, _power(head_dim))
+    options: dict[str, Any] = dict(tuned("interval_attention_step", f"d{block_d}", q.device))
+    at_once = min(options.pop("HEADS"), _power(per_group))
+    # One head leaves room for more keys at a time.
+    block_n = max(options.pop("TILE") // (block_d * at_once), 4)
+    programs = batch * groups * -(-per_group // at_once)
+    wanted = options.pop("PROGRAMS") * processors(q.device) // programs
+    splits = min(_power(max(wanted, 1) + 1) // 2, _power(-(-window // block_n)), _MOST_SPLITS)
+    parts = tops = totals = None
+    if splits > 1:
+        parts = q.new_empty(batch, heads, splits, head_dim, dtype=torch.float32)
+        tops = q.new_empty(batch, heads, splits, dtype=torch.float32)
+        totals = torch.empty_like(tops)
+    with on_device(q):
+        _step_kernel[(programs * splits,)](
+            q, k, v, keys, values, length, first, attend, store, y, parts, tops, totals,
+            slots, heads, groups, per_group, head_dim, window, scale,
+            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+            HAS_FIRST=first is not None, HAS_ATTEND=attend is not None,
+            HAS_STORE=store is not None, SPLITS=splits, HEADS=at_once, BLOCK_N=block_n,
+            BLOCK_D=block_d, **options,
+        )  # fmt: skip
+        if splits > 1:
+            _sum_kernel[(batch * heads,)](
+                parts, tops, totals, attend, y, heads, head_dim,
+                HAS_ATTEND=attend is not None, SPLITS=splits, BLOCK_D=block_d,
+                **tuned("interval_attention_step_sum", "default", q.device),
+            )  # fmt: skip
+    return y
+
+
+@_step.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: Tensor,
+    first: Tensor | None,
+    attend: Tensor | None,
+    store: Tensor | None,
+    window: int,
+    scale: float,
+) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@torch.no_grad()
+def interval_attention_step_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: Tensor,
+    first: Tensor | None,
+    attend: Tensor | None,
+    store: Tensor | None,
+    window: int,
+    scale: float,
+) -> Tensor:
+    """As `interval_attention_step_torch`, in one launch, or two where the keys are shared out."""
+    check_tensors(
+        "interval_attention_step",
+        KERNEL_DTYPES,
+        q=q,
+        k=k,
+        v=v,
+        keys=keys,
+        values=values,
+        length=length,
+        first=first,
+        attend=attend,
+        store=store,
+    )
+    return call(_step, q, k, v, keys, values, length, first, attend, store, window, scale)
