@@ -72,7 +72,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"A_floor": -1e-4}, "A_floor must be 0 or more"),
     ({"A_floor": math.nan}, "A_floor must be 0 or more, and finite, got nan"),
     ({"head_dim": 7}, r"head_dim=7 does not divide expand \* hidden_size = 64"),
-    ({"n_groups": 3}, "n_groups=3 and .* = 8"),
+    ({"n_groups": 3}, "n_groups=3 does not divide num_heads=8"),
     ({"n_groups": 0}, "n_groups must be at least 1, got 0"),
     ({"intermediate_size": -1}, r"intermediate_size must be 0 \(no MLP\) or more, got -1"),
     ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),

@@ -1,6 +1,7 @@
-"""Mamba-3's mixer (2026): a trapezoidal rule, rotating states, one or several streams a head."""
+"""Mamba-3's mixer (Lahoti et al. 2026): a trapezoidal rule, rotating states, streams of heads."""
 
 import functools
+import math
 from typing import ClassVar
 
 import torch
@@ -96,20 +97,16 @@ class Mamba3Mixer(Mixer):
         layer_idx: int,
     ) -> None:
         super().__init__(layer_idx)
-        if mimo_rank < 1:
-            raise ValueError(f"mimo_rank must be at least 1, got {mimo_rank}")
-        if n_groups < 1 or num_heads % n_groups:
-            raise ValueError(f"n_groups={n_groups} does not divide num_heads={num_heads}")
-        for name, value, choices in (
-            ("A_activation", A_activation, ("heavy_tail", "softplus")),
-            ("rope_layout", rope_layout, ("pairwise", "half")),
-        ):
-            if value not in choices:
-                raise ValueError(f"{name} must be {choices[0]!r} or {choices[1]!r}, got {value!r}")
-        if not 0 <= 2 * num_angles <= state_size:
-            raise ValueError(f"num_angles={num_angles} pairs do not fit into {state_size=}")
-        if num_angles and rope_layout == "half" and state_size % 2:
-            raise ValueError(f'rope_layout="half" needs an even state_size, got {state_size}')
+        check_mamba3(
+            num_heads=num_heads,
+            state_size=state_size,
+            n_groups=n_groups,
+            mimo_rank=mimo_rank,
+            num_angles=num_angles,
+            rope_layout=rope_layout,
+            A_activation=A_activation,
+            A_floor=A_floor,
+        )
         self.num_heads = num_heads
         self.head_dim = head_dim
         self.state_size = state_size
@@ -339,6 +336,36 @@ class Mamba3Mixer(Mixer):
         """What the state depends on beside the tokens."""
         given = {"B_bias": self.B_bias, "mimo_x": self.mimo_x}
         return {name: value for name, value in given.items() if value is not None}
+
+
+def check_mamba3(
+    *,
+    num_heads: int,
+    state_size: int,
+    n_groups: int,
+    mimo_rank: int,
+    num_angles: int,
+    rope_layout: str | None,
+    A_activation: str,
+    A_floor: float,
+) -> None:
+    """Raise `ValueError` where the options of a `Mamba3Mixer` do not fit one another."""
+    if mimo_rank < 1:
+        raise ValueError(f"mimo_rank must be at least 1, got {mimo_rank}")
+    if n_groups < 1 or num_heads % n_groups:
+        raise ValueError(f"n_groups={n_groups} does not divide num_heads={num_heads}")
+    for name, value, choices in (
+        ("A_activation", A_activation, ("heavy_tail", "softplus")),
+        ("rope_layout", rope_layout, ("pairwise", "half")),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name} must be {choices[0]!r} or {choices[1]!r}, got {value!r}")
+    if not 0 <= A_floor < math.inf:
+        raise ValueError(f"A_floor must be 0 or more, and finite, got {A_floor}")
+    if not 0 <= 2 * num_angles <= state_size:
+        raise ValueError(f"num_angles={num_angles} pairs do not fit into {state_size=}")
+    if num_angles and rope_layout == "half" and state_size % 2:
+        raise ValueError(f'rope_layout="half" needs an even state_size, got {state_size}')
 
 
 # Rows of a chunk, R a token, that its cost is counted for.

@@ -1,11 +1,13 @@
 """Config of models that are any sequence of blocks."""
 
 import difflib
-from typing import Any, ClassVar
+import math
+from typing import Any, ClassVar, TypeGuard
 
 from huggingface_hub.dataclasses import strict
 
 from ssm_hf.layers.attention import check_attention
+from ssm_hf.layers.mamba3 import check_mamba3
 from ssm_hf.models.configuration import NativeConfigMixin, check_choice, check_positive
 from ssm_hf.models.hybrid.patterns import expand_pattern
 from ssm_hf.ops.moe import check_router
@@ -91,6 +93,18 @@ KINDS: dict[str, dict[str, Any]] = {
         "shared_size": 0,
         "shared_gate": False,
     },
+}
+# What an option is whose default is None.
+_OPTIONAL: dict[str, Any] = {
+    "time_step_rank": 1,
+    "d_ssm": 1,
+    "time_step_limit": (0.0, 1.0),
+    "rope_layout": "half",
+    "num_kv_heads": 1,
+    "head_dim": 1,
+    "window": 1,
+    "scaling": 1.0,
+    "intermediate_size": 1,
 }
 _LAYER_TYPES = {"attention": "full_attention"} | {
     kind: kind if kind in ("sliding_attention", "mlp", "moe") else "linear_attention"
@@ -215,7 +229,8 @@ class HybridConfig(NativeConfigMixin):
             default("rope_layout", "pairwise" if given["mimo_rank"] == 1 else "half")
         elif kind in ("attention", "sliding_attention"):
             default("num_kv_heads", given["num_heads"])
-            default("head_dim", width // max(given["num_heads"], 1))
+            heads = max(given["num_heads"], 1)
+            default("head_dim", None if width % heads else width // heads)
         else:
             inner = width * 8 / 3 if given["gated"] else width * 4
             default("intermediate_size", -(-int(inner) // 128) * 128)
@@ -281,7 +296,7 @@ def _kind(block: Any) -> str:
 
 def _check_names(where: str, kind: Any, options: Any) -> None:
     """Raise `ValueError` unless the kind and the names of its options are known."""
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         close = difflib.get_close_matches(str(kind), KINDS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"{where}: unknown kind of block {kind!r}, known are {list(KINDS)}{hint}")
@@ -292,6 +307,30 @@ def _check_names(where: str, kind: Any, options: Any) -> None:
             close = difflib.get_close_matches(str(name), KINDS[kind], n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"{where}: {kind} has no option {name!r}{hint}")
+        _check_type(f"{where}: {name}", name, options[name], KINDS[kind][name])
+
+
+def _check_type(where: str, name: str, value: Any, default: Any) -> None:
+    """Raise `ValueError` unless an option is what its default is; a number must be finite."""
+    if value is None and default is None:
+        return
+    like = _OPTIONAL[name] if default is None else default
+    if isinstance(like, bool | str):
+        fits = isinstance(value, type(like))
+        expected = "a word" if isinstance(like, str) else "true or false"
+    elif isinstance(like, tuple):
+        fits = isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_number, value))
+        expected = "two numbers"
+    elif isinstance(like, int):
+        fits, expected = _is_number(value) and isinstance(value, int), "a whole number"
+    else:
+        fits, expected = _is_number(value) and math.isfinite(value), "a finite number"
+    if not fits:
+        raise ValueError(f"{where} must be {expected}, got {value!r}")
+
+
+def _is_number(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _at_least_one(options: dict[str, Any], *names: str) -> None:
@@ -349,22 +388,22 @@ def _check_mamba3(config: HybridConfig, options: dict[str, Any]) -> None:
     inner = options["expand"] * config.hidden_size
     _divides("head_dim", options["head_dim"], "expand * hidden_size", inner)
     heads = inner // options["head_dim"]
-    _divides("n_groups", options["n_groups"], "the number of heads", heads)
-    for name, choices in (
-        ("rope_fraction", (0, 0.5, 1)),
-        ("rope_layout", ("pairwise", "half")),
-        ("A_activation", ("heavy_tail", "softplus")),
-    ):
-        if options[name] not in choices:
-            raise ValueError(f"{name} must be one of {choices}, got {options[name]!r}")
-    if options["rope_fraction"] and int(options["state_size"] * options["rope_fraction"]) < 2:
-        raise ValueError(f"state_size={options['state_size']} leaves no pair of states to rotate")
-    if options["A_floor"] < 0:
-        raise ValueError(f"A_floor must be 0 or more, got {options['A_floor']}")
+    states, fraction = options["state_size"], options["rope_fraction"]
+    if fraction not in (0, 0.5, 1):
+        raise ValueError(f"rope_fraction must be 0 or 0.5 or 1, got {fraction!r}")
+    num_angles = int(states * fraction) // 2
+    if fraction and not num_angles:
+        raise ValueError(f"state_size={states} leaves no pair of states to rotate")
+    names = ("n_groups", "mimo_rank", "rope_layout", "A_activation", "A_floor")
+    given = {name: options[name] for name in names}
+    check_mamba3(num_heads=heads, state_size=states, num_angles=num_angles, **given)
     _check_step_sizes(options)
 
 
 def _check_attention(config: HybridConfig, options: dict[str, Any]) -> None:
+    if options["head_dim"] is None:
+        heads, width = options["num_heads"], config.hidden_size
+        raise ValueError(f"num_heads={heads} does not divide hidden_size={width}: give a head_dim")
     check_attention(
         options["num_heads"],
         options["num_kv_heads"],
@@ -372,17 +411,13 @@ def _check_attention(config: HybridConfig, options: dict[str, Any]) -> None:
         options["window"],
         options["rotary_dim"],
     )
+    if options["rope_theta"] <= 0:
+        raise ValueError(f"rope_theta must be greater than 0, got {options['rope_theta']}")
     taps = options["conv_kernel"]
     if taps < 0 or taps == 1:
         raise ValueError(f"conv_kernel must be 0 (none) or at least 2, got {taps}")
     if not 0 <= options["dropout"] < 1:
         raise ValueError(f"dropout must lie in [0, 1), got {options['dropout']}")
-
-
-def _check_sliding_attention(config: HybridConfig, options: dict[str, Any]) -> None:
-    if options["window"] is None:
-        raise ValueError("window must be a number of tokens, got None")
-    _check_attention(config, options)
 
 
 def _check_mlp(config: HybridConfig, options: dict[str, Any]) -> None:
@@ -418,7 +453,7 @@ _CHECKS = {
     "mamba2": _check_mamba2,
     "mamba3": _check_mamba3,
     "attention": _check_attention,
-    "sliding_attention": _check_sliding_attention,
+    "sliding_attention": _check_attention,
     "mlp": _check_mlp,
     "moe": _check_moe,
 }

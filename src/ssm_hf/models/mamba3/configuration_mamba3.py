@@ -1,11 +1,11 @@
 """Config of Mamba-3 models."""
 
 import logging
-import math
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 
+from ssm_hf.layers.mamba3 import check_mamba3
 from ssm_hf.models.configuration import (
     NativeConfigMixin,
     check_choice,
@@ -72,7 +72,7 @@ class Mamba3Config(NativeConfigMixin):
         ValueError (from a validator: inside huggingface_hub's StrictDataclassError):
             an unknown argument, or values that contradict one another.
 
-    Source: Mamba-3 (2026).
+    Source: Lahoti et al. 2026, Mamba-3, arXiv 2603.15569.
     """
 
     model_type = "mamba3"
@@ -150,33 +150,32 @@ class Mamba3Config(NativeConfigMixin):
         )  # fmt: skip
         check_choice(self, "hidden_act", ("silu", "swish"))
         check_choice(self, "initialization", ("mamba_ssm", "transformers"))
-        check_choice(self, "A_activation", ("heavy_tail", "softplus"))
-        check_choice(self, "rope_layout", ("pairwise", "half"))
         check_choice(self, "rope_fraction", (0, 0.5, 1))
         check_time_steps(self)
         if self.intermediate_size < 0:
             raise ValueError(
                 f"intermediate_size must be 0 (no MLP) or more, got {self.intermediate_size}"
             )
-        if not 0 <= self.A_floor < math.inf:
-            raise ValueError(f"A_floor must be 0 or more, and finite, got {self.A_floor}")
         inner = self.expand * self.hidden_size
         if inner % self.head_dim:
             raise ValueError(
                 f"head_dim={self.head_dim} does not divide expand * hidden_size = {inner}"
-            )
-        if self.num_heads % self.n_groups:
-            raise ValueError(
-                f"n_groups must divide the heads, got n_groups={self.n_groups} and "
-                f"expand * hidden_size / head_dim = {self.num_heads}"
             )
         if self.rope_fraction and self.num_angles == 0:
             raise ValueError(
                 f"rope_fraction={self.rope_fraction} of state_size={self.state_size} leaves no "
                 "pair of states to rotate; rope_fraction=0 means none"
             )
-        if self.rope_fraction and self.rope_layout == "half" and self.state_size % 2:
-            raise ValueError(f'rope_layout="half" needs an even state_size, got {self.state_size}')
+        check_mamba3(
+            num_heads=self.num_heads,
+            state_size=self.state_size,
+            n_groups=self.n_groups,
+            mimo_rank=self.mimo_rank,
+            num_angles=self.num_angles,
+            rope_layout=self.rope_layout,
+            A_activation=self.A_activation,
+            A_floor=self.A_floor,
+        )
 
     @property
     def num_heads(self) -> int:
