@@ -11,6 +11,7 @@ from ssm_hf.models.jamba import JambaConfig, JambaForCausalLM, JambaModel
 from ssm_hf.models.mamba import MambaConfig, MambaForCausalLM, MambaModel
 from ssm_hf.models.mamba2 import Mamba2Config, Mamba2ForCausalLM, Mamba2Model
 from ssm_hf.models.mamba3 import Mamba3Config, Mamba3ForCausalLM, Mamba3Model
+from ssm_hf.models.taipan import TaipanConfig, TaipanForCausalLM, TaipanModel
 from ssm_hf.ops import (
     ImplementationUnavailableError,
     compile_ahead,
@@ -44,6 +45,9 @@ __all__ = [
     "RecurrentCache",
     "RecurrentLayer",
     "SequenceInfo",
+    "TaipanConfig",
+    "TaipanForCausalLM",
+    "TaipanModel",
     "byte_tokenizer",
     "compile_ahead",
     "expand_pattern",
@@ -62,16 +66,18 @@ _NATIVE = (
 _OWN = (
     (Mamba3Config, Mamba3Model, Mamba3ForCausalLM),
     (HybridConfig, HybridModel, HybridForCausalLM),
+    (TaipanConfig, TaipanModel, TaipanForCausalLM),
 )
 
 
 def register(*, override: bool = False) -> None:
     """Let transformers' Auto classes use our models.
 
-    Model types of our own (`mamba3`, `ssm_hybrid`) are registered by the import already, unless
-    another library has taken the name before. With `override=True`, `AutoConfig`, `AutoModel` and
-    `AutoModelForCausalLM` take our classes in this process, for the types that transformers has
-    itself, `mamba`, `mamba2` and `jamba`, too; without it nothing changes for others.
+    Model types of our own (`mamba3`, `ssm_hybrid`, `taipan`) are registered by the import already,
+    unless another library has taken the name before. With `override=True`, `AutoConfig`,
+    `AutoModel` and `AutoModelForCausalLM` take our classes in this process, for the types that
+    transformers has itself, `mamba`, `mamba2` and `jamba`, too; without it nothing changes for
+    others.
     """
     for classes in _OWN:
         if override or classes[0].model_type not in CONFIG_MAPPING:

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
-from ssm_hf.cache.kv import KVLayer
+from ssm_hf.cache.kv import KVLayer, SelectedKVLayer
 from ssm_hf.cache.recurrent import RecurrentLayer, Replay, State, StatelessLayer, kept_dtype
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "RecurrentCache",
     "RecurrentLayer",
     "Replay",
+    "SelectedKVLayer",
     "State",
     "StatelessLayer",
     "kept_dtype",
@@ -33,11 +34,12 @@ class CacheSnapshot(NamedTuple):
     states: tuple[State, ...]
 
 
-# By transformers' words for what a layer is.
+# By transformers' words for what a layer is, and some of our own.
 _LAYERS: dict[str, type[RecurrentLayer]] = {
     "linear_attention": RecurrentLayer,
     "full_attention": KVLayer,
     "sliding_attention": KVLayer,
+    "selected_attention": SelectedKVLayer,
     "mlp": StatelessLayer,
     "moe": StatelessLayer,
 }

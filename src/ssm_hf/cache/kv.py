@@ -1,6 +1,7 @@
 """Keys and values of an attention layer between calls."""
 
 from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ class KVLayer(RecurrentLayer):
         record_window, state_dtype: as in `RecurrentLayer`; keys and values keep their dtype.
     """
 
+    slotted: ClassVar[tuple[str, ...]] = ("keys", "values")  # (B, S, ...) each
+
     def __init__(self, record_window: int = 256, state_dtype: torch.dtype | None = None) -> None:
         super().__init__(record_window, state_dtype)
         self.window: int | None = None  # tokens that a query sees, as its mixer says; None = all
@@ -35,7 +38,7 @@ class KVLayer(RecurrentLayer):
 
     def like(self) -> "KVLayer":
         """An empty layer of the same kind, whose tensors will never be replaced by larger ones."""
-        layer = KVLayer(self.record_window, self.state_dtype)
+        layer = type(self)(self.record_window, self.state_dtype)
         layer.window, layer.grows = self.window, False
         return layer
 
@@ -97,9 +100,9 @@ class KVLayer(RecurrentLayer):
         token = last - (last - slot) % needed
         source = torch.where(token > last - slots, token, -1)
         rows = torch.arange(last.shape[0], device=last.device)[:, None]
-        held = (source >= 0)[..., None, None]
-        for name in ("keys", "values"):
+        for name in self.slotted:
             moved = self.state[name][rows, source.clamp(min=0) % slots]
+            held = (source >= 0).reshape(*source.shape, *[1] * (moved.ndim - 2))
             self.state[name] = torch.where(held, moved, 0)
 
     @staticmethod
@@ -107,10 +110,11 @@ class KVLayer(RecurrentLayer):
         slots = max(_FEWEST_SLOTS, 1 << max(tokens - 1, 0).bit_length())
         return slots if limit is None else min(slots, limit)
 
-    def put(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Write keys and values (B, U, G, d) into slots (B, U): in place, unless gradients flow."""
+    def put(self, slots: Tensor, keys: Tensor, values: Tensor, **others: Tensor) -> None:
+        """Write keys and values (B, U, G, d), and what else is kept of a token, into slots (B, U):
+        in place, unless gradients flow."""
         rows = torch.arange(slots.shape[0], device=slots.device)[:, None]
-        for name, new in (("keys", keys), ("values", values)):
+        for name, new in {"keys": keys, "values": values, **others}.items():
             old = self.state[name]
             if new.requires_grad or old.requires_grad:
                 self.state[name] = old.index_put((rows, slots), new.to(old.dtype))
@@ -125,7 +129,7 @@ class KVLayer(RecurrentLayer):
             self._columns = int(self.state["length"].max())
 
     def _replayed(self) -> State:
-        return {name: t for name, t in self.state.items() if name not in ("keys", "values")}
+        return {name: t for name, t in self.state.items() if name not in self.slotted}
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last `-tokens_to_remove` tokens."""
@@ -136,3 +140,14 @@ class KVLayer(RecurrentLayer):
         """Forget everything."""
         super().reset()
         self._columns = 0
+
+
+class SelectedKVLayer(KVLayer):
+    """State of an attention layer that keeps selected tokens alone.
+
+    `length` counts those, and token number p of them lies in slot p mod S; the window is the number
+    that is kept. `places` (B, S) int64 says where each stood among the real tokens of the row's
+    document, and `tokens` (B,) how many of these have been seen.
+    """
+
+    slotted: ClassVar[tuple[str, ...]] = ("keys", "values", "places")

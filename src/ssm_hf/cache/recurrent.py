@@ -17,8 +17,8 @@ Replay = Callable[[State, dict[str, Tensor], dict[str, Tensor]], State]
 _INPUTS = ("conv_state", "k_state", "v_state", "keys", "values")
 # Rounded, these would go wrong for good: an angle of a bf16 number is up to 0.02 off.
 _NEVER_ROUNDED = ("angle_state",)
-# Numbers of tokens.
-_COUNTS = ("length", "position")
+# Numbers of tokens, and numbers of their places.
+_COUNTS = ("length", "position", "tokens", "places")
 
 
 def kept_dtype(

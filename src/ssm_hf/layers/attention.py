@@ -93,6 +93,11 @@ class AttentionMixer(Mixer):
         self.dropout = dropout
         self.config = config
 
+    @property
+    def ring(self) -> int | None:
+        """Tokens that a query may see at most, so that no more are kept; None = all."""
+        return self.window
+
     def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
         """Keys and values, the number of tokens, and the position of the next one."""
         shapes: dict[str, tuple[int, ...]] = {
@@ -114,7 +119,7 @@ class AttentionMixer(Mixer):
                     f"past_key_values belongs to another model: its layer {self.layer_idx} has no "
                     "keys and values"
                 )
-            layer.window = self.window
+            layer.window = self.ring
         return super()._layer(past_key_values, x)
 
     def _project(self, x: Tensor) -> Tensor:
@@ -141,17 +146,19 @@ class AttentionMixer(Mixer):
         qkv, conv_state = self._convolve(raw, seq, state.get("conv_state"), layer is not None)
         sizes = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
         q, k, v = qkv.unflatten(-1, (sum(sizes), self.head_dim)).split(sizes, dim=2)
-        own = _shared(seq, ("places", self.window, x.device), lambda: self._places(x, seq, None))
+        own = shared_fact(
+            seq, ("places", self.window, x.device), lambda: self._places(x, seq, None)
+        )
         position = None
         if self.rotary_dim:
-            position = _positions(seq, own, state.get("position"))
+            position = positions(seq, own, state.get("position"))
             q, k = self._rotate(q, k, position)
         if layer is None or past_key_values is None:
             return self._output(self._attend(q, k, v, seq, own, None).flatten(2))
         assert isinstance(layer, KVLayer)
         new: State = {} if conv_state is None else {"conv_state": conv_state}
         if position is not None:
-            new["position"] = _next_position(seq, position, state.get("position"))
+            new["position"] = next_position(seq, position, state.get("position"))
         if layer.record_past:
             inputs = {"mask": recorded_mask(seq, x)}
             constants: dict[str, Tensor] = {}
@@ -160,7 +167,7 @@ class AttentionMixer(Mixer):
             if isinstance(self, FusedAttention) and self.conv1d is not None:
                 inputs["conv_in"] = raw
                 constants = self.conv1d.replay_constants(raw)
-            layer.record(_replay, inputs, constants)
+            layer.record(replay_counts, inputs, constants)
         if position is not None:
             new["position"] = new["position"][:, -1].expand(batch)
 
@@ -188,7 +195,7 @@ class AttentionMixer(Mixer):
     ) -> None:
         """Put the state before a first token into the cache layer."""
         assert isinstance(layer, KVLayer)
-        layer.window = self.window
+        layer.window = self.ring
         super().begin(layer, batch, dtype, device, make)
 
     def _places(self, x: Tensor, seq: SequenceInfo, seen: Tensor | None) -> Places:
@@ -244,7 +251,7 @@ class AttentionMixer(Mixer):
         make = lambda: self._mask(name, own, numbers, q)  # noqa: E731
         shared = state is None
         key = ("mask", name == "flex_attention", self.window, q.device)
-        return self._call(name, q, k, v, _shared(seq, key, make) if shared else make())
+        return self._call(name, q, k, v, shared_fact(seq, key, make) if shared else make())
 
     def _attend_cache(self, q: Tensor, layer: KVLayer) -> Tensor:
         """q (B, 1, H, d) over what is cached, the query's own token included."""
@@ -487,7 +494,7 @@ def check_attention(
         )
 
 
-def _shared(seq: SequenceInfo, key: Any, make: Callable[[], Any]) -> Any:
+def shared_fact(seq: SequenceInfo, key: Any, make: Callable[[], Any]) -> Any:
     """What `make` derives from `seq`, by the first layer that asks for it."""
     if seq.derived is None:
         return make()
@@ -496,7 +503,7 @@ def _shared(seq: SequenceInfo, key: Any, make: Callable[[], Any]) -> Any:
     return seq.derived[key]
 
 
-def _positions(seq: SequenceInfo, own: Places, before: Tensor | None) -> Tensor:
+def positions(seq: SequenceInfo, own: Places, before: Tensor | None) -> Tensor:
     """Positions (B, T), or (1, T), by which tokens are rotated: by their distances as given, or
     counted. The first real token of a call follows what is cached, at the position `before` (B,).
     """
@@ -516,7 +523,7 @@ def _positions(seq: SequenceInfo, own: Places, before: Tensor | None) -> Tensor:
     return position + torch.where(own.doc == 0, after[:, None], 0)
 
 
-def _next_position(seq: SequenceInfo, position: Tensor, before: Tensor | None) -> Tensor:
+def next_position(seq: SequenceInfo, position: Tensor, before: Tensor | None) -> Tensor:
     """Positions (B, T) of what would follow each token; pads move nothing on."""
     if seq.mask is None:
         return position + 1
@@ -548,7 +555,7 @@ def _eager(
     return (weights @ value).transpose(1, 2), weights
 
 
-def _replay(state: State, inputs: dict[str, Tensor], constants: dict[str, Tensor]) -> State:
+def replay_counts(state: State, inputs: dict[str, Tensor], constants: dict[str, Tensor]) -> State:
     """Counts after the recorded tokens; keys and values stay in their slots."""
     length = inputs["mask"].sum(dim=1)
     after: State = {"length": state["length"] + length if state else length}

@@ -14,7 +14,7 @@ from ssm_hf.ops.packing import document_numbers, document_starts
 from ssm_hf.sequence import SequenceInfo
 
 _PAD = 1 << 62
-_EMPTY = _PAD + 1  # seen by nobody
+EMPTY = _PAD + 1  # seen by nobody
 
 
 class Places(NamedTuple):
@@ -70,7 +70,40 @@ def cached_numbers(seen: Tensor, slots: int) -> Tensor:
     """Numbers (B, S) of the tokens in a `KVLayer`'s slots after `seen` (B,) tokens."""
     last = seen[:, None] - 1
     token = last - (last - torch.arange(slots, device=seen.device)) % slots
-    return token.masked_fill(token < 0, _EMPTY)
+    return token.masked_fill(token < 0, EMPTY)
+
+
+def first_true(flags: Tensor) -> Tensor:
+    """flags (B, T) bool -> places (B, T) of the True ones and then of the others, in order."""
+    rank = flags.cumsum(dim=1)
+    index = torch.arange(flags.shape[1], device=flags.device).expand(flags.shape)
+    target = torch.where(flags, rank - 1, rank[:, -1:] + index - rank)
+    return torch.empty_like(rank).scatter_(1, target, index)
+
+
+def columns(
+    own: Places, mask: Tensor | None, seen: Tensor | None, cached: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The first and the last key that each token sees, as places among the keys; pads see none.
+
+    Args:
+        own: places of T tokens.
+        mask: (B, T), True at real tokens.
+        seen: (B,) real tokens of each row before them; None = there are none.
+        cached: keys before those of the T tokens: of the tokens last seen, the latest one last.
+
+    Returns:
+        low and high, (B, T) or (1, T), and which keys are real, (B, cached + T) or None = all.
+    """
+    length = own.number.shape[1]
+    low = own.low if seen is None else own.low - seen[:, None]
+    high = torch.arange(cached, cached + length, device=low.device)[None]
+    if mask is None:
+        return low + cached, high.expand_as(low), None
+    first = first_true(mask).gather(1, low.clamp(0, length - 1))
+    low = torch.where(low < 0, low, first) + cached
+    real = torch.nn.functional.pad(mask, (cached, 0), value=True)
+    return low.masked_fill(~mask, 1), torch.where(mask, high, 0), real
 
 
 def dense_mask(own: Places, keys: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ A model file owns names and wiring; its classes mix these in.
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from ssm_hf.cache import RecurrentCache
 from ssm_hf.generation import current_session
@@ -23,9 +21,9 @@ from ssm_hf.layers.moe import take_routings
 from ssm_hf.layers.norm import RMSNorm
 from ssm_hf.models.checkpoint import check_checkpoint
 from ssm_hf.models.generating import GeneratingMixin, check_cache, one_cache
+from ssm_hf.models.outputs import SSMCausalLMOutput, SSMModelOutput
 from ssm_hf.ops import linear_cross_entropy
 from ssm_hf.ops.moe import (
-    RouterStatistics,
     Routing,
     load_balancing_loss,
     router_statistics,
@@ -37,50 +35,6 @@ from ssm_hf.sequence import SequenceInfo, check_ids
 IGNORED = -100
 # Standard deviation of embeddings in mamba_ssm (GPT-2's).
 EMBEDDING_STD = 0.02
-
-
-@dataclass
-class SSMModelOutput(BaseModelOutputWithPast):
-    """Hidden states (B, T, D), the cache, and optionally every layer's output.
-
-    `hidden_states` holds the output of each layer and then the normalised last one, as
-    transformers' Mamba models return it.
-
-    Attributes:
-        router_logits: (B * T, E) of every layer with experts, if asked for.
-        routings: all that their routers decided, if asked for.
-    """
-
-    router_logits: tuple[Tensor, ...] | None = None
-    routings: tuple[Routing, ...] | None = None
-
-    @property
-    def cache_params(self) -> RecurrentCache | None:
-        """Another name of `past_key_values`."""
-        return self.past_key_values  # pyright: ignore[reportReturnType]
-
-
-@dataclass
-class SSMCausalLMOutput(CausalLMOutputWithPast):
-    """Loss, logits (B, T, V) in fp32, the cache, and optionally every layer's output.
-
-    Attributes:
-        aux_loss: load-balancing loss over all layers with experts, if asked for.
-        z_loss: mean square of the routers' log-partition, where it has a weight. `loss` holds both,
-            times their weights.
-        router_logits: (B * T, E) of every layer with experts, if asked for.
-        router_statistics: how evenly the experts are used, if asked for.
-    """
-
-    aux_loss: Tensor | None = None
-    z_loss: Tensor | None = None
-    router_logits: tuple[Tensor, ...] | None = None
-    router_statistics: RouterStatistics | None = None
-
-    @property
-    def cache_params(self) -> RecurrentCache | None:
-        """Another name of `past_key_values`."""
-        return self.past_key_values  # pyright: ignore[reportReturnType]
 
 
 def residual(
@@ -273,6 +227,7 @@ class BackboneMixin:
         cache_params: RecurrentCache | None = None,
         sequence_info: SequenceInfo | None = None,
         output_router_logits: bool | None = None,
+        output_gates: bool | None = None,
     ) -> SSMModelOutput | tuple[Any, ...]:
         """Hidden states of every token.
 
@@ -291,6 +246,8 @@ class BackboneMixin:
             sequence_info: the facts of all these, where a caller has them already.
             output_router_logits: return what routers of experts decided (default: as the config
                 says, if it says anything).
+            output_gates: the same of gates of selective attention (default: in training, or as the
+                config says).
 
         Raises:
             ValueError: arguments of wrong shape, out of range, or in disagreement; a cache of
@@ -334,14 +291,15 @@ class BackboneMixin:
         if config.residual_in_fp32 and x.dtype != torch.float64:
             x = x.float()
         outputs: list[Tensor] = []
-        routings: list[Routing] = []
+        decisions: list[tuple[Any, ...]] = []
+        sequence_info = self._before_blocks(x, sequence_info)
         update, stream = x, None
         for block in blocks:
             update, stream, *decision = block(
                 update, stream, sequence_info, past_key_values=past_key_values
             )
-            if decision and output_router_logits:
-                routings.append(Routing(*decision))
+            if decision:
+                decisions.append(tuple(decision))
             if output_hidden_states:
                 outputs.append(update if stream is None else (stream + update).to(stream.dtype))
         x, _ = final_norm(update, stream)
@@ -353,12 +311,25 @@ class BackboneMixin:
             last_hidden_state=x,  # pyright: ignore[reportArgumentType]
             past_key_values=past_key_values if use_cache else None,
             hidden_states=tuple(outputs) if output_hidden_states else None,
-            router_logits=tuple(r.logits.flatten(0, -2) for r in routings) or None,
-            routings=tuple(routings) or None,
+            **self._decided(decisions, output_router_logits, output_gates),
         )
         if return_dict is None:
             return_dict = self.config.return_dict
         return result if return_dict else result.to_tuple()
+
+    def _before_blocks(self, x: Tensor, seq: SequenceInfo) -> SequenceInfo:
+        """What the blocks are to know about the inputs x (B, T, D)."""
+        return seq
+
+    def _decided(
+        self, decisions: list[tuple[Any, ...]], router_logits: bool, gates: bool | None
+    ) -> dict[str, Any]:
+        """Fields of the output that hold what blocks have returned beside their outputs."""
+        if not decisions or not router_logits:
+            return {}
+        routings = tuple(Routing(*decision) for decision in decisions)
+        logits = tuple(routing.logits.flatten(0, -2) for routing in routings)
+        return {"router_logits": logits, "routings": routings}
 
 
 def shift_labels(labels: Tensor, seq: SequenceInfo) -> Tensor:
@@ -423,6 +394,7 @@ class CausalLMMixin(GeneratingMixin):
         num_items_in_batch: Tensor | int | None = None,
         return_logits: bool | None = None,
         output_router_logits: bool | None = None,
+        output_gates: bool | None = None,
     ) -> SSMCausalLMOutput | tuple[Any, ...]:
         """Logits of the next token, and the loss if labels are given.
 
@@ -439,7 +411,7 @@ class CausalLMMixin(GeneratingMixin):
             output_router_logits: return what routers of experts decided and add their losses, with
                 the config's weights (default: as the config says, if it says anything).
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
-                output_hidden_states, return_dict, seq_idx, cu_seqlens, cu_seq_lens_q,
+                output_gates, output_hidden_states, return_dict, seq_idx, cu_seqlens, cu_seq_lens_q,
                 cu_seq_lens_k, max_length_q, max_length_k, cache_params: as in the backbone.
 
         Returns:
@@ -505,6 +477,7 @@ class CausalLMMixin(GeneratingMixin):
             sequence_info=seq,
             return_dict=True,
             output_router_logits=output_router_logits,
+            output_gates=output_gates,
         )
         loss = logits = None
         if return_logits is False:
@@ -524,34 +497,41 @@ class CausalLMMixin(GeneratingMixin):
                     num_items_in_batch=num_items_in_batch,
                     shift_labels=targets,
                 )
-        aux_loss = z_loss = statistics = None
-        if base.routings is not None:
-            aux_loss = load_balancing_loss(base.routings, mask=seq.mask)
-            statistics = router_statistics(base.routings, mask=seq.mask)
-            z_weight = getattr(self.config, "router_z_loss_coef", 0.0)
-            if z_weight:
-                z_loss = router_z_loss(base.routings, mask=seq.mask)
-            if loss is not None:
-                added = self.config.router_aux_loss_coef * aux_loss
-                if z_loss is not None:
-                    added = added + z_weight * z_loss
-                if num_items_in_batch is not None:
-                    # This call's share of an accumulated batch, as of the other loss.
-                    added = added * ((targets != IGNORED).sum() / num_items_in_batch)
-                loss = loss + added.to(loss.device)
+        added, fields = self._side_losses(base, seq)
+        if loss is not None and added is not None:
+            if num_items_in_batch is not None:
+                # This call's share of an accumulated batch, as of the other loss.
+                added = added * ((targets != IGNORED).sum() / num_items_in_batch)
+            loss = loss + added.to(loss.device)
         result = SSMCausalLMOutput(
             loss=loss,
             logits=None if return_logits is False else logits,  # pyright: ignore[reportArgumentType]
             past_key_values=base.past_key_values,
             hidden_states=base.hidden_states,
-            aux_loss=aux_loss,  # pyright: ignore[reportArgumentType]
-            z_loss=z_loss,
-            router_logits=base.router_logits,
-            router_statistics=statistics,
+            **fields,
         )
         if return_dict is None:
             return_dict = self.config.return_dict
         return result if return_dict else result.to_tuple()
+
+    def _side_losses(
+        self: Any, base: SSMModelOutput, seq: SequenceInfo
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """What layers add to the loss, () or None, and fields of the output about it."""
+        if base.routings is None:
+            return None, {}
+        aux_loss = load_balancing_loss(base.routings, mask=seq.mask)
+        z_loss = router_z_loss(base.routings, mask=seq.mask)
+        added = self.config.router_aux_loss_coef * aux_loss
+        z_weight = getattr(self.config, "router_z_loss_coef", 0.0)
+        if z_weight:
+            added = added + z_weight * z_loss
+        return added, {
+            "aux_loss": aux_loss,
+            "z_loss": z_loss,
+            "router_logits": base.router_logits,
+            "router_statistics": router_statistics(base.routings, mask=seq.mask),
+        }
 
     def _loss_without_logits(
         self: Any, hidden: Tensor, targets: Tensor, num_items_in_batch: Tensor | int | None
