@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from ssm_hf.ops.mamba3_scan.kernels import (
+    exp2,
     load_gradients,
     load_inputs,
     load_rest,
@@ -60,8 +61,8 @@ def store_turns(
 
 @triton.jit
 def weights_of_rows(
-    token_ptr, scale_ptr, here, i, EXIT: tl.constexpr, WIDE: tl.constexpr, Q: tl.constexpr,
-    RANKS: tl.constexpr,
+    token_ptr, scale_ptr, here, i, EXIT: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr,
+    Q: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     """Of rows i: Δ, and the weight with which they leave (EXIT), or meet the state that enters."""
     at = token_ptr + here * (4 * Q)
@@ -70,11 +71,11 @@ def weights_of_rows(
         a_end = tl.load(at + 4 * Q - 4)
         if WIDE:
             scale = tl.load(scale_ptr + here * Q + i // RANKS)
-            weight = scale * tl.exp2((a_end - a) + (tl.load(at + 4 * Q - 3) - b))
+            weight = scale * exp2((a_end - a) + (tl.load(at + 4 * Q - 3) - b), FAST)
         else:
-            weight = tl.exp2(a_end - b)
+            weight = exp2(a_end - b, FAST)
     else:
-        weight = tl.exp2(a + b) if WIDE else tl.exp2(a)
+        weight = exp2(a + b, FAST) if WIDE else exp2(a, FAST)
     return delta, weight
 
 
@@ -83,9 +84,9 @@ def load_outputs(
     x_ptr, mx_ptr, dy_ptr, z_ptr, mz_ptr, mo_ptr, batch, token, head, i, p, in_row, is_real, ranks,
     x_sb, x_st, x_sh, z_sb, z_st, z_sh, dy_sb, dy_st, dy_sr, dy_sh,
     EXIT: tl.constexpr, RAGGED: tl.constexpr, MASKED: tl.constexpr, PER_RANK: tl.constexpr,
-    RANKS: tl.constexpr, CUT_P: tl.constexpr, HEAD_DIM: tl.constexpr,
+    RANKS: tl.constexpr, CUT_P: tl.constexpr, HEAD_DIM: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Rows of x (EXIT), or of the gradient of y, in fp32."""
+    """Rows of x (EXIT), or of the gradient of y."""
     if EXIT:
         at = x_ptr + batch * x_sb + head * x_sh + token * x_st
         u = load_inputs(at, x_st, mx_ptr, head, i, p, in_row, ranks, RAGGED, RANKS, CUT_P, HEAD_DIM)
@@ -95,8 +96,8 @@ def load_outputs(
         if z_ptr is not None:
             z_base = z_ptr + batch * z_sb + head * z_sh + token * z_st
         u = load_gradients(at, dy_st, dy_sr, z_base, z_st, mz_ptr, mo_ptr, head, i, p, is_real,
-                           ranks, MASKED, RANKS, PER_RANK, CUT_P, HEAD_DIM)  # fmt: skip
-    return u.to(tl.float32)
+                           ranks, MASKED, RANKS, PER_RANK, CUT_P, HEAD_DIM, FAST)  # fmt: skip
+    return u
 
 
 @triton.jit
@@ -127,7 +128,8 @@ def of_pairs(
     for step in tl.range(0, HEADS, num_stages=STAGES, disable_licm=True):
         head = head_0 + step
         here = v * heads + head
-        delta, weight = weights_of_rows(token_ptr, scale_ptr, here, i, EXIT, WIDE, Q, RANKS)
+        delta, weight = weights_of_rows(token_ptr, scale_ptr, here, i, EXIT, WIDE, FAST, Q,
+                                        RANKS)  # fmt: skip
         cos, sin = 1.0, 0.0
         if ROPE:
             entry = tl.load(phase_ptr + here * W + n)
@@ -143,22 +145,24 @@ def of_pairs(
             u = load_outputs(
                 x_ptr, mx_ptr, dy_ptr, z_ptr, mz_ptr, mo_ptr, batch, token, head, i, p, in_row,
                 is_real, ranks, x_sb, x_st, x_sh, z_sb, z_st, z_sh, dy_sb, dy_st, dy_sr, dy_sh,
-                EXIT, RAGGED, MASKED, PER_RANK, RANKS, CUT_P, HEAD_DIM,
+                EXIT, RAGGED, MASKED, PER_RANK, RANKS, CUT_P, HEAD_DIM, FAST,
             )  # fmt: skip
-            u = (u * weight[:, None]).to(dot_type)
+            u = u.to(dot_type)
             p_in = p < tl.where(token < end, HEAD_DIM, 0)
             at_S = states_ptr + here * (HEAD_DIM * PITCH)
             Sa = load_state(at_S, p, p_in, dot_type, RAGGED or CUT_P, W, PITCH)
             Sb = load_state(at_S + W, p, p_in, dot_type, RAGGED or CUT_P, W, PITCH)
             d_a = tl.dot(u, Sa, d_a, input_precision=PRECISION)
             d_b = tl.dot(u, Sb, d_b, input_precision=PRECISION)
+        d_a *= weight[:, None]
+        d_b *= weight[:, None]
         if ROPE:
             own_a, own_b = load_rotated(own_base, own_bias, cos, sin, i, in_row, dot_type, RAGGED,
                                         RANKS, ROPE, W, PITCH)  # fmt: skip
             # All later tokens together turn against the state that enters, and what a token
             # leaves does not turn with them.
             if EXIT:
-                against = tl.sum(turning(own_a, own_b, d_a, d_b), axis=0)
+                against = turning(own_a, own_b, d_a, d_b)
             else:
                 against = tl.load(turn_ptr + here * W + n)
         other_a, other_b = load_rotated(other_base, other_bias, cos, sin, i, in_row, dot_type,
@@ -169,8 +173,14 @@ def of_pairs(
         d_a = tl.dot(pairs, other_a, d_a, input_precision=PRECISION)
         d_b = tl.dot(pairs, other_b, d_b, input_precision=PRECISION)
         if ROPE:
-            dphi = tl.cumsum(turning(own_a, own_b, d_a, d_b), axis=0, reverse=True)
-            dphi -= against[None, :]
+            # A sum over the tokens from one on, as what those before it leave of the whole: scans
+            # from the end take Triton twice as long.
+            of_row = turning(own_a, own_b, d_a, d_b)
+            if EXIT:
+                whole = tl.sum(of_row - against, axis=0)
+            else:
+                whole = tl.sum(of_row, axis=0) - against
+            dphi = (whole[None, :] + of_row) - tl.cumsum(of_row, axis=0)
             if extra_ptr is not None:
                 extra = tl.load(extra_ptr + (row * heads + head) * W + n)[None, :]
                 if last_ptr is not None:
@@ -200,9 +210,9 @@ def rest_of_head(
     states_ptr, dbias_ptr, pairs, batch, token, end, i, in_row, is_real, here, head,
     x_sb, x_st, x_sh, z_sb, z_st, z_sh, dy_sb, dy_st, dy_sr, dy_sh, ranks,
     EXIT: tl.constexpr, HEAD_DIM: tl.constexpr, RAGGED: tl.constexpr, MASKED: tl.constexpr,
-    PER_RANK: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr,
-    RANKS: tl.constexpr, BLOCK_P: tl.constexpr, P_BLOCKS: tl.constexpr, W: tl.constexpr,
-    V: tl.constexpr,
+    PER_RANK: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    Q: tl.constexpr, RANKS: tl.constexpr, BLOCK_P: tl.constexpr, P_BLOCKS: tl.constexpr,
+    W: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """One head's tile c of the gradient of B (EXIT), whose other is C, or of C."""
     dot_type: tl.constexpr = tl.float32 if WIDE else other_base.dtype.element_ty
@@ -210,7 +220,8 @@ def rest_of_head(
     PITCH: tl.constexpr = 2 * W + V
     CUT_P: tl.constexpr = HEAD_DIM % BLOCK_P != 0
     n = tl.arange(0, V)
-    _delta, weight = weights_of_rows(token_ptr, scale_ptr, here, i, EXIT, WIDE, Q, RANKS)
+    _delta, weight = weights_of_rows(token_ptr, scale_ptr, here, i, EXIT, WIDE, FAST, Q,
+                                        RANKS)  # fmt: skip
     bias = other_bias_ptr
     if other_bias_ptr is not None:
         bias = other_bias_ptr + head * (RANKS * PITCH)
@@ -220,12 +231,13 @@ def rest_of_head(
         u = load_outputs(
             x_ptr, mx_ptr, dy_ptr, z_ptr, mz_ptr, mo_ptr, batch, token, head, i, p, in_row,
             is_real, ranks, x_sb, x_st, x_sh, z_sb, z_st, z_sh, dy_sb, dy_st, dy_sr, dy_sh,
-            EXIT, RAGGED, MASKED, PER_RANK, RANKS, CUT_P, HEAD_DIM,
+            EXIT, RAGGED, MASKED, PER_RANK, RANKS, CUT_P, HEAD_DIM, FAST,
         )  # fmt: skip
         p_in = p < tl.where(token < end, HEAD_DIM, 0)
         at_S = states_ptr + here * (HEAD_DIM * PITCH) + 2 * W
         S = load_state(at_S, p, p_in, dot_type, RAGGED or CUT_P, V, PITCH)
-        d = tl.dot((u * weight[:, None]).to(dot_type), S, d, input_precision=PRECISION)
+        d = tl.dot(u.to(dot_type), S, d, input_precision=PRECISION)
+    d *= weight[:, None]
     other = load_rest(other_base, bias, i, in_row, dot_type, RAGGED, RANKS, W, V, PITCH)
     if EXIT:
         d = tl.dot(pairs, other, d, input_precision=PRECISION)
@@ -244,9 +256,9 @@ def of_rest(
     dC_bias_ptr, batch, token, end, in_row, is_real, v, head_0,
     x_sb, x_st, x_sh, z_sb, z_st, z_sh, dy_sb, dy_st, dy_sr, dy_sh, heads, ranks,
     HEAD_DIM: tl.constexpr, RAGGED: tl.constexpr, MASKED: tl.constexpr, PER_RANK: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr, RANKS: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK_P: tl.constexpr, P_BLOCKS: tl.constexpr, W: tl.constexpr,
-    V: tl.constexpr, STAGES: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, Q: tl.constexpr,
+    RANKS: tl.constexpr, HEADS: tl.constexpr, BLOCK_P: tl.constexpr, P_BLOCKS: tl.constexpr,
+    W: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Tile c of the gradients of B and C."""
     ROWS: tl.constexpr = Q * RANKS
@@ -263,15 +275,15 @@ def of_rest(
             x_ptr, mx_ptr, None, None, None, None, C_base, C_bias_ptr, token_ptr, scale_ptr,
             dstates_ptr, dB_bias_ptr, pairs, batch, token, end, i, in_row, is_real, here, head,
             x_sb, x_st, x_sh, z_sb, z_st, z_sh, dy_sb, dy_st, dy_sr, dy_sh, ranks,
-            True, HEAD_DIM, RAGGED, MASKED, PER_RANK, WIDE, PRECISION, Q, RANKS, BLOCK_P, P_BLOCKS,
-            W, V,
+            True, HEAD_DIM, RAGGED, MASKED, PER_RANK, WIDE, PRECISION, FAST, Q, RANKS, BLOCK_P,
+            P_BLOCKS, W, V,
         )  # fmt: skip
         dC += rest_of_head(
             None, None, dy_ptr, z_ptr, mz_ptr, mo_ptr, B_base, B_bias_ptr, token_ptr, scale_ptr,
             states_ptr, dC_bias_ptr, pairs, batch, token, end, i, in_row, is_real, here, head,
             x_sb, x_st, x_sh, z_sb, z_st, z_sh, dy_sb, dy_st, dy_sr, dy_sh, ranks,
-            False, HEAD_DIM, RAGGED, MASKED, PER_RANK, WIDE, PRECISION, Q, RANKS, BLOCK_P, P_BLOCKS,
-            W, V,
+            False, HEAD_DIM, RAGGED, MASKED, PER_RANK, WIDE, PRECISION, FAST, Q, RANKS, BLOCK_P,
+            P_BLOCKS, W, V,
         )  # fmt: skip
     store_tile(dB_base + 2 * W, PITCH, i, n, in_row, dB, RAGGED, False, V)
     store_tile(dC_base + 2 * W, PITCH, i, n, in_row, dC, RAGGED, False, V)
@@ -361,6 +373,6 @@ def mamba3_bwd_kernel(
             token_ptr, scale_ptr, states_ptr, dstates_ptr, pairs_ptr, dB_base, dB_bias_ptr,
             dC_base, dC_bias_ptr, batch, token, end, in_row, is_real, v, head_0,
             x_sb, x_st, x_sh, z_sb, z_st, z_sh, dy_sb, dy_st, dy_sr, dy_sh, heads, ranks,
-            HEAD_DIM, RAGGED, MASKED, PER_RANK, WIDE, PRECISION, Q, RANKS, HEADS, BLOCK_P,
+            HEAD_DIM, RAGGED, MASKED, PER_RANK, WIDE, PRECISION, FAST, Q, RANKS, HEADS, BLOCK_P,
             P_BLOCKS, W, V, STAGES,
         )  # fmt: skip

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from ssm_hf.ops.mamba3_scan.kernels import (
+    exp2,
     gates,
     load_factor,
     load_gradients,
@@ -133,7 +134,7 @@ def mamba3_pairs_kernel(
                         HEAD_DIM).to(dot_type)  # fmt: skip
         dy = load_gradients(
             at_dy, dy_st, dy_sr, z_base, z_st, mz_ptr, mo_ptr, head, i, p, is_real, ranks, MASKED,
-            RANKS, PER_RANK, CUT_P, HEAD_DIM,
+            RANKS, PER_RANK, CUT_P, HEAD_DIM, FAST,
         ).to(dot_type)  # fmt: skip
         xdy = tl.dot(x, tl.trans(dy), xdy, input_precision=PRECISION)
     kq = products(ka, kb, kc, qa, qb, qc, dot_type, PRECISION)
@@ -146,16 +147,16 @@ def mamba3_pairs_kernel(
         b_end = tl.load(at + 4 * Q - 3)
         scale = tl.load(scale_ptr + here * Q + of_token)
         exponent = (a[None, :] - a[:, None]) + (b[None, :] - b[:, None])
-        to_exit = tl.exp2((a_end - a) + (b_end - b))
-        from_entry = tl.exp2(a + b)
-        whole = tl.exp2(a_end + b_end)
+        to_exit = exp2((a_end - a) + (b_end - b), FAST)
+        from_entry = exp2(a + b, FAST)
+        whole = exp2(a_end + b_end, FAST)
     else:
-        scale = tl.exp2(a - b)
+        scale = exp2(a - b, FAST)
         exponent = a[None, :] - a[:, None]
-        to_exit = tl.exp2(a_end - a)
-        from_entry = tl.exp2(a)
-        whole = tl.exp2(a_end)
-    M = tl.exp2(tl.where(later, exponent, float("-inf")))
+        to_exit = exp2(a_end - a, FAST)
+        from_entry = exp2(a, FAST)
+        whole = exp2(a_end, FAST)
+    M = exp2(tl.where(later, exponent, float("-inf")), FAST)
     both = xdy * kq
     on_self = tl.sum(tl.where(same, both, 0.0), axis=1)
     both *= M
@@ -189,7 +190,7 @@ def mamba3_pairs_kernel(
                             HEAD_DIM).to(dot_type)  # fmt: skip
             dy = load_gradients(
                 at_dy, dy_st, dy_sr, z_base, z_st, mz_ptr, mo_ptr, head, i, p, is_real, ranks,
-                MASKED, RANKS, PER_RANK, CUT_P, HEAD_DIM,
+                MASKED, RANKS, PER_RANK, CUT_P, HEAD_DIM, FAST,
             ).to(dot_type)  # fmt: skip
         # Empty chunks (VARLEN) have no states; RAGGED covers them.
         p_in = p < tl.where(token < end, HEAD_DIM, 0)
@@ -221,19 +222,24 @@ def mamba3_pairs_kernel(
         store_tile(dx_ptr + to_row, heads * HEAD_DIM, j, p, in_tokens, dx, RAGGED, CUT_P, HEAD_DIM)
 
         y = products(qa, qb, qc, Sa, Sb, Sc, dot_type, PRECISION) * from_entry[:, None]
-        entered += tl.sum(y * dy.to(tl.float32), axis=1)
         if NEEDS_Y:
-            y = tl.dot(tl.trans(scores), x, y, input_precision=PRECISION)
+            # The gradient of y again, in the layout of products: Triton would form it a third time.
             dout = load_tile(at_dy, dy_st, of_token, p, is_real, MASKED, CUT_P, HEAD_DIM)
             dout = dout.to(tl.float32)
-            dmo = dout * y
+            dy_again = dout
             if mo_ptr is not None:
-                dout *= load_factor(mo_ptr, head, i, p, ranks, RANKS, CUT_P, HEAD_DIM)
+                dy_again *= load_factor(mo_ptr, head, i, p, ranks, RANKS, CUT_P, HEAD_DIM)
             if z_ptr is not None:
-                z, u, sigmoid = gates(z_base, z_st, mz_ptr, head, i, p, in_row, ranks, RAGGED,
-                                      RANKS, CUT_P, HEAD_DIM)  # fmt: skip
-                dmo *= u * sigmoid
-                du = dout * y * (sigmoid * (1.0 + u * (1.0 - sigmoid)))
+                z, u, share = gates(z_base, z_st, mz_ptr, head, i, p, in_row, ranks, RAGGED,
+                                    RANKS, CUT_P, HEAD_DIM, FAST)  # fmt: skip
+                dz_factor = dy_again * (share * (1.0 + u * (1.0 - share)))
+                dy_again *= u * share
+            entered += tl.sum(y * dy_again, axis=1)
+            y = tl.dot(tl.trans(scores), x, y, input_precision=PRECISION)
+            dmo = dout * y
+            if z_ptr is not None:
+                dmo *= u * share
+                du = dz_factor * y
                 if mz_ptr is not None:
                     to = dmz_ptr + here * ranks * HEAD_DIM
                     store_ranks(to, HEAD_DIM, du * z, p, p < HEAD_DIM, ranks, Q, RANKS, BLOCK_P)
@@ -245,6 +251,8 @@ def mamba3_pairs_kernel(
             if mo_ptr is not None:
                 to = dmo_ptr + here * ranks * HEAD_DIM
                 store_ranks(to, HEAD_DIM, dmo, p, p < HEAD_DIM, ranks, Q, RANKS, BLOCK_P)
+        else:
+            entered += tl.sum(y * dy.to(tl.float32), axis=1)
     da += entered + tl.where(i == ROWS - 1, whole * kept, 0.0)
     at_grad = grad_ptr + here * Q + j
     tl.store(at_grad, of_tokens(da, Q, RANKS))

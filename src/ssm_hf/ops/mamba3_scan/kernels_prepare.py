@@ -170,11 +170,10 @@ def prepare_chunk(
     else:
         first += second
         second = first - tl.log2(scale)
-    to = token_ptr + at * 4
-    tl.store(to, first, mask=inside)
-    tl.store(to + 1, second, mask=inside)
-    tl.store(to + 2, gamma, mask=inside)
-    tl.store(to + 3, delta, mask=inside)
+    # Joined, a token's numbers leave a thread in one store.
+    four = tl.join(tl.join(first, gamma), tl.join(second, delta))
+    to = (token_ptr + at * 4)[:, :, None] + tl.arange(0, 4)[None, None, :]
+    tl.store(to, tl.reshape(four, (Q, BLOCK_H, 4)), mask=inside[:, :, None])
 
     if angle_ptr is not None:
         half_turns = load_turns(angle_ptr, batch, t, t_in, angle_sb, angle_st, angles, W)

@@ -20,7 +20,7 @@ ROWS = 64
 TURN = 2 * math.pi
 # Least channels, and slots of states, of a tile on a GPU. With Triton 3.6 on Hopper, products with
 # a side below 64 have led to invalid memory accesses and to wrong results.
-CHANNELS, SLOTS = 64, 64
+CHANNELS, SLOTS = 64, 32
 
 
 class Sizes(NamedTuple):
