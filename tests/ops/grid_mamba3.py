@@ -15,6 +15,8 @@ from tests.ops.pairwise import Row
 # Beside those of the other scans.
 FP32_INPUTS = ("B_bias", "C_bias", "mimo_x", "mimo_z", "mimo_o", "angle", "ssm")
 _STATE = ("angle", "ssm", "k", "v")
+# Queries and keys are turned, and with ranks x is multiplied, before products of matrices.
+FORM_OPERANDS = ("mamba3_scan",)
 
 
 def _draw(row: Row, generator: torch.Generator) -> Inputs:

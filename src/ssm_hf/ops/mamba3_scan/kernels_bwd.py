@@ -161,10 +161,7 @@ def of_pairs(
                                         RANKS, ROPE, W, PITCH)  # fmt: skip
             # All later tokens together turn against the state that enters, and what a token
             # leaves does not turn with them.
-            if EXIT:
-                against = turning(own_a, own_b, d_a, d_b)
-            else:
-                against = tl.load(turn_ptr + here * W + n)
+            against = turning(own_a, own_b, d_a, d_b) if EXIT else tl.load(turn_ptr + here * W + n)
         other_a, other_b = load_rotated(other_base, other_bias, cos, sin, i, in_row, dot_type,
                                         RAGGED, RANKS, ROPE, W, PITCH)  # fmt: skip
         pairs = load_tile(pairs_ptr + here * (ROWS * ROWS), ROWS, i, i, in_row, False, False, ROWS)
@@ -176,10 +173,7 @@ def of_pairs(
             # A sum over the tokens from one on, as what those before it leave of the whole: scans
             # from the end take Triton twice as long.
             of_row = turning(own_a, own_b, d_a, d_b)
-            if EXIT:
-                whole = tl.sum(of_row - against, axis=0)
-            else:
-                whole = tl.sum(of_row, axis=0) - against
+            whole = tl.sum(of_row - against, axis=0) if EXIT else tl.sum(of_row, axis=0) - against
             dphi = (whole[None, :] + of_row) - tl.cumsum(of_row, axis=0)
             if extra_ptr is not None:
                 extra = tl.load(extra_ptr + (row * heads + head) * W + n)[None, :]
