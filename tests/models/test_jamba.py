@@ -250,6 +250,8 @@ def test_keys_of_released_files_are_accepted() -> None:
         ({"mamba_d_state": 0}, "mamba_d_state must be at least 1, got 0"),
         ({"mamba_dt_rank": 0}, "mamba_dt_rank must be at least 1, got 0"),
         ({"hidden_act": "gelu"}, "hidden_act must be 'silu'"),
+        ({"attention_dropout": 1.5}, r"attention_dropout must lie in \[0, 1\), got 1.5"),
+        ({"router_aux_loss_coef": -0.1}, "router_aux_loss_coef must be 0 or more, got -0.1"),
         ({"expert_period": 2}, "unknown argument expert_period=2; did you mean"),
     ],
 )

@@ -401,7 +401,7 @@ class CausalLMMixin(GeneratingMixin):
         Args:
             labels: (B, T) token numbers, -100 = ignored; shifted inside. The labels of a document's
                 first token and of pads are ignored.
-            output_attentions: must not be True; there are no attention weights.
+            output_attentions: must not be True; no attention weights are kept.
             logits_to_keep: only the last so many positions (0 = all), or their indices.
             num_items_in_batch: the summed loss is divided by it; default: by the number of targets.
                 Losses of routers then count by this call's share of the targets, and a call of none
@@ -422,7 +422,7 @@ class CausalLMMixin(GeneratingMixin):
                 without `num_items_in_batch`; `return_logits=False` without labels.
         """
         if output_attentions:
-            raise ValueError("output_attentions=True: this model has no attention weights")
+            raise ValueError("output_attentions=True: no attention weights are kept")
         if return_logits is False and labels is None:
             raise ValueError("return_logits=False without labels leaves nothing to return")
         past_key_values = one_cache(past_key_values, cache_params)

@@ -60,6 +60,12 @@ class JambaConfig(NativeConfigMixin, NativeJambaConfig):
         for name in ("attn_layer_offset", "expert_layer_offset"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.router_aux_loss_coef < 0:
+            raise ValueError(
+                f"router_aux_loss_coef must be 0 or more, got {self.router_aux_loss_coef}"
+            )
+        if not 0 <= self.attention_dropout < 1:
+            raise ValueError(f"attention_dropout must lie in [0, 1), got {self.attention_dropout}")
         check_choice(self, "hidden_act", ("silu", "swish"))
         check_choice(self, "initialization", ("mamba_ssm", "transformers"))
         if int(self.mamba_dt_rank) < 1:
