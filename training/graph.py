@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import ssm_hf
 
 Batch = dict[str, Tensor]
-# (micro-batch, its share of the step's targets) -> detached loss; adds to the gradients
+# (micro-batch, its share of the step's targets) -> detached loss, alone () or before other figures
+# (n,); adds to the gradients
 Pass = Callable[[Batch, Tensor], Tensor]
 
 
@@ -36,7 +37,7 @@ class GraphedPass:
         self._share = torch.empty(0)
 
     def __call__(self, batch: Batch, share: Tensor, is_first: bool) -> Tensor:
-        """The loss, in a tensor of its own; `is_first` of the passes of one step.
+        """What the pass returns, in a tensor of its own; `is_first` of the passes of one step.
 
         A batch of another shape than the first one's is run without a graph.
         """
@@ -52,9 +53,9 @@ class GraphedPass:
         for name, value in batch.items():
             self._batch[name].copy_(value)
         self._share.copy_(share)
-        graph, loss = self._graphs[is_first]
+        graph, figures = self._graphs[is_first]
         graph.replay()
-        return loss.clone()
+        return figures.clone()
 
     def gradients(self) -> list[Tensor]:
         """Those that the passes have formed."""
@@ -86,9 +87,9 @@ class GraphedPass:
         self._forget_gradients()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # the graphs' memory comes on top of what these runs have left
-        graph, loss = self._graphs[True] = self._captured()
+        graph, figures = self._graphs[True] = self._captured()
         graph.replay()
-        got = self._summary(loss)
+        got = self._summary(figures)
         # Roundings to 8 bits, and sums whose order may differ.
         if not torch.allclose(got, expected, rtol=2e-2, equal_nan=True):
             raise RuntimeError(
@@ -96,10 +97,10 @@ class GraphedPass:
                 f"outside of the graph {expected.tolist()}; run without a graph"
             )
 
-    def _summary(self, loss: Tensor) -> Tensor:
+    def _summary(self, figures: Tensor) -> Tensor:
         """Loss and gradient norm, (2,)."""
         norm = torch.stack(torch._foreach_norm(self.gradients())).norm()
-        return torch.stack([loss.to(norm), norm])
+        return torch.stack([figures.flatten()[0].to(norm), norm])
 
     def _forget_gradients(self) -> None:
         for p in self._parameters:
@@ -111,5 +112,5 @@ class GraphedPass:
         pool = next((g.pool() for g, _ in self._graphs.values()), None)
         # Other threads, a loader's, may go on using the GPU.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            loss = self._run(self._batch, self._share)
-        return graph, loss
+            figures = self._run(self._batch, self._share)
+        return graph, figures

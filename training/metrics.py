@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -90,8 +90,21 @@ def write_samples(
     return texts
 
 
+def model_figures(output: Any) -> dict[str, Tensor]:
+    """What a model's output says beside the loss, () each: of routers of experts their losses,
+    before weights, and the loads of the most and the least used expert of any layer, 1 where all
+    are used evenly."""
+    figures = {name: getattr(output, name, None) for name in ("aux_loss", "z_loss")}
+    statistics = getattr(output, "router_statistics", None)
+    if statistics is not None:
+        load = statistics.load * statistics.load.shape[-1]
+        figures |= {"expert_load_max": load.max(), "expert_load_min": load.min()}
+        figures["router_entropy"] = statistics.entropy.mean()
+    return {name: value.detach() for name, value in figures.items() if value is not None}
+
+
 class Meter:
-    """Mean loss and speed of the steps since the figures were last taken."""
+    """Mean loss, mean of other figures and speed of the steps since they were last taken."""
 
     def __init__(self, config: TrainConfig, forward_flops: int, accelerator: Accelerator) -> None:
         """`forward_flops`: of one token, forward only; the backward pass costs two forwards."""
@@ -99,15 +112,15 @@ class Meter:
         self._flops_per_token = 3 * forward_flops
         peak = peak_flops(accelerator.device, config.precision)
         self._peak = None if peak is None else peak * accelerator.num_processes
-        self._losses: list[float] = []
+        self._figures: list[dict[str, float]] = []
         self._seconds, self._steps = 0.0, 0
 
-    def add(self, seconds: float, loss: float | None) -> None:
-        """Count one step; `loss` is None where the step was skipped."""
+    def add(self, seconds: float, figures: dict[str, float] | None) -> None:
+        """Count one step; `figures`, the loss and others, are None where the step was skipped."""
         self._seconds += seconds
         self._steps += 1
-        if loss is not None:
-            self._losses.append(loss)
+        if figures is not None:
+            self._figures.append(figures)
 
     @property
     def tokens_per_s(self) -> float:
@@ -116,13 +129,12 @@ class Meter:
 
     def drain(self) -> dict[str, float]:
         """The figures since the last call; "mfu" only where the device's peak is known."""
-        values = {
-            "loss": sum(self._losses) / len(self._losses),
-            "tokens_per_s": self.tokens_per_s,
-        }
+        steps = len(self._figures)
+        values = {name: sum(f[name] for f in self._figures) / steps for name in self._figures[0]}
+        values["tokens_per_s"] = self.tokens_per_s
         if self._peak is not None:
             values["mfu"] = self._flops_per_token * self.tokens_per_s / self._peak
-        self._losses, self._seconds, self._steps = [], 0.0, 0
+        self._figures, self._seconds, self._steps = [], 0.0, 0
         return values
 
 

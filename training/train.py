@@ -55,7 +55,7 @@ from training.data import (
     write_seen_tokens,
 )
 from training.graph import Batch, GraphedPass, Pass
-from training.metrics import Meter, RunLog, heldout_loss, write_samples
+from training.metrics import Meter, RunLog, heldout_loss, model_figures, write_samples
 from training.packing import IGNORED, PackedRows
 from training.peers import flops_per_token, loss_options, parameter_groups
 from training.schedule import lr_factor, run_progress
@@ -109,7 +109,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     accelerator.init_trackers("ssm_hf", config=flatten(asdict(config)))
     log = RunLog(run_dir / "log.jsonl", accelerator, resumes=checkpoint is not None)
     log.write("start" if checkpoint is None else "resume", state.step, data=identity)
-    run_pass = forward_backward(accelerator, model)
+    figures: list[str] = []
+    run_pass = forward_backward(accelerator, model, figures)
     graphed = GraphedPass(run_pass, model.parameters()) if execution == "graph" else None
     log.say(
         f"{config.run_dir}: {type(accelerator.unwrap_model(model)).__name__} of "
@@ -124,6 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model=model,
         forward_backward=run_pass,
         graphed=graphed,
+        figures=figures,
         optimizer=optimizer,
         tokenizer=tokenizer,
         data=data,
@@ -151,6 +153,7 @@ class Run(NamedTuple):
     model: nn.Module
     forward_backward: Pass
     graphed: GraphedPass | None  # takes the place of forward_backward
+    figures: list[str]  # names of what a pass returns, known once one has run
     optimizer: torch.optim.Optimizer
     tokenizer: PreTrainedTokenizerBase | None  # None: a task whose ids are its own
     data: TrainingData
@@ -257,8 +260,8 @@ def build_optimizer(
 
 
 class Launched(NamedTuple):
-    """A step that the device may still be working on. result: loss and gradient norm, (2,) on the
-    host once `ready` has passed."""
+    """A step that the device may still be working on. result: gradient norm, loss and other
+    figures, on the host once `ready` has passed."""
 
     step: int
     lr: float
@@ -291,9 +294,11 @@ def train(run: Run, batches: Iterator[Batch], state: TrainerState, meter: Meter)
         behind = None
         if ready is not None:
             ready.synchronize()
-        loss, grad_norm = result.tolist()
+        grad_norm, *values = result.tolist()
+        figures = dict(zip(run.figures, values, strict=True))
+        loss = figures["loss"]
         applied = math.isfinite(loss) and math.isfinite(grad_norm)
-        meter.add(time.monotonic() - mark, loss if applied else None)
+        meter.add(time.monotonic() - mark, figures if applied else None)
         mark = time.monotonic()
         bar.update()
         bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{meter.tokens_per_s:,.0f}", refresh=False)
@@ -372,7 +377,8 @@ def train_step(run: Run, batches: Iterator[Batch]) -> Tensor:
     """One optimiser step over the whole batch, launched but not waited for.
 
     Returns:
-        (2,) fp32: mean loss per target of the whole batch, gradient norm before clipping.
+        (1 + n,) fp32: gradient norm before clipping, and of the whole batch the mean loss per
+        target, and of other figures the means over micro-batches by their targets.
     """
     accelerator = run.accelerator
     micro_batches = [next(batches) for _ in range(accelerator.gradient_accumulation_steps)]
@@ -380,35 +386,40 @@ def train_step(run: Run, batches: Iterator[Batch]) -> Tensor:
     # Each micro-batch's mean loss weighs as much as it has targets, so the step is the same however
     # the batch is cut.
     shares = counts / accelerator.reduce(counts.sum(), "sum")
-    loss = torch.zeros((), device=accelerator.device)
+    passes: list[Tensor] = []
     for i, (batch, share) in enumerate(zip(micro_batches, shares, strict=True)):
         with accelerator.accumulate(run.model):
             if run.graphed is None:
-                loss += run.forward_backward(batch, share)
+                passes.append(run.forward_backward(batch, share))
             else:
-                loss += run.graphed(batch, share, is_first=i == 0)
+                passes.append(run.graphed(batch, share, is_first=i == 0))
     if run.graphed is not None and accelerator.num_processes > 1:
         run.graphed.average_gradients()
     norm = accelerator.clip_grad_norm_(run.model.parameters(), run.config.optimizer.grad_clip)
     # Sharded gradients have a sharded norm, and DeepSpeed's is a number.
     norm = getattr(norm, "full_tensor", lambda: norm)()
-    result = torch.stack([accelerator.reduce(loss, "sum"), torch.as_tensor(norm).to(loss)])
-    step_if_finite(run, torch.isfinite(result).all())
+    figures: Any = accelerator.reduce(torch.stack(passes).sum(0), "sum")
+    norm = torch.as_tensor(norm).to(figures)
+    step_if_finite(run, torch.isfinite(norm + figures[0]))
+    result = torch.cat([norm.view(1), figures])
     if run.graphed is None:
         run.optimizer.zero_grad()
     return result
 
 
-def forward_backward(accelerator: Accelerator, model: nn.Module) -> Pass:
+def forward_backward(accelerator: Accelerator, model: nn.Module, figures: list[str]) -> Pass:
     """The pass over one micro-batch: adds its share of the step's gradient, returns that of the
-    loss. The factor undoes the averages over micro-batches and processes."""
+    loss and of other figures, whose names it writes into `figures`. The factor undoes the averages
+    over micro-batches and processes."""
     undo_mean = accelerator.gradient_accumulation_steps * accelerator.num_processes
     options = loss_options(accelerator.unwrap_model(model, keep_torch_compile=False))
 
     def run(batch: Batch, share: Tensor) -> Tensor:
-        loss = model(**batch, **options).loss * share
-        accelerator.backward(loss * undo_mean)
-        return loss.detach()
+        output = model(**batch, **options)
+        accelerator.backward(output.loss * (share * undo_mean))
+        values = {"loss": output.loss, **model_figures(output)}
+        figures[:] = values
+        return torch.stack([value.detach().float() for value in values.values()]) * share
 
     return run
 

@@ -35,7 +35,8 @@ def texts(tmp_path):
 
 @pytest.fixture
 def model_config(request, tmp_path):
-    """A Mamba-2 or, by an indirect parameter, a Mamba-3 ("mamba3") or a hybrid ("ssm_hybrid")."""
+    """A Mamba-2 or, by an indirect parameter, a Mamba-3 ("mamba3"), a hybrid ("ssm_hybrid") or a
+    Jamba ("jamba")."""
     common = {
         "hidden_size": 32,
         "num_hidden_layers": 2,
@@ -62,6 +63,14 @@ def model_config(request, tmp_path):
             output_router_logits=True,
             # A loss of the experts' loads is not the same over parts of a batch.
             router_aux_loss_coef=1e-4,
+        )  # fmt: skip
+    elif kind == "jamba":
+        for name in ("head_dim", "state_size", "n_groups", "chunk_size"):
+            del common[name]
+        config = ssm_hf.JambaConfig(
+            **common, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2,
+            attn_layer_period=2, attn_layer_offset=1, expert_layer_period=1, expert_layer_offset=0,
+            num_experts=4, num_experts_per_tok=2, mamba_dt_rank=4, output_router_logits=True,
         )  # fmt: skip
     elif kind == "mamba3":
         config = ssm_hf.Mamba3Config(**common, intermediate_size=64, mimo_rank=2)

@@ -12,18 +12,19 @@ from training.metrics import Meter, RunLog, peak_flops
 def test_meter_means_over_the_steps_since_it_was_drained(recipe):
     config = load_config(["--config", str(recipe)])  # 4 rows of 32 tokens
     meter = Meter(config, forward_flops=1000, accelerator=Accelerator(cpu=True))
-    meter.add(1.0, 3.0)
+    meter.add(1.0, {"loss": 3.0, "aux_loss": 2.5})
     meter.add(3.0, None)  # a skipped step takes time and has no loss
-    assert meter.drain() == {"loss": 3.0, "tokens_per_s": 2 * 128 / 4.0}
-    meter.add(2.0, 5.0)
-    assert meter.drain() == {"loss": 5.0, "tokens_per_s": 64.0}
+    assert meter.drain() == {"loss": 3.0, "aux_loss": 2.5, "tokens_per_s": 2 * 128 / 4.0}
+    meter.add(2.0, {"loss": 5.0, "aux_loss": 2.0})
+    meter.add(2.0, {"loss": 4.0, "aux_loss": 3.0})
+    assert meter.drain() == {"loss": 4.5, "aux_loss": 2.5, "tokens_per_s": 64.0}
 
 
 def test_mfu_is_three_forwards_over_the_peak(recipe, monkeypatch):
     monkeypatch.setattr(metrics, "peak_flops", lambda device, precision: 1e6)
     config = load_config(["--config", str(recipe)])
     meter = Meter(config, forward_flops=1000, accelerator=Accelerator(cpu=True))
-    meter.add(1.0, 3.0)
+    meter.add(1.0, {"loss": 3.0})
     assert meter.drain()["mfu"] == pytest.approx(128 * 3 * 1000 / 1e6)
 
 

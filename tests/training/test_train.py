@@ -15,7 +15,9 @@ import yaml
 from safetensors.torch import load_file
 
 import ssm_hf
+from ssm_hf.models.backbone import CausalLMMixin
 from tests.training.conftest import write_jsonl
+from training import metrics
 from training.train import main
 
 ROOT = Path(__file__).parents[2]
@@ -172,6 +174,42 @@ def test_memory_saving_changes_nothing(recipe, tmp_path, arguments):
     saved = events(run(recipe, *common, *arguments), "train")
     for key in ("loss", "grad_norm"):
         assert [e[key] for e in saved] == pytest.approx([e[key] for e in plain], rel=1e-4)
+
+
+@pytest.mark.parametrize("model_config", ["jamba", "ssm_hybrid"], indirect=True)
+def test_figures_of_routers_are_logged(recipe, tmp_path):
+    """Of a first step; means over micro-batches by their targets."""
+    common = ["--save_every", "0", "--eval_every", "0", "--max_steps", "1"]
+    common += ["--schedule.warmup_steps", "0"]
+    run_dir = run(recipe, *common)
+    (first,) = events(run_dir, "train")
+    names = ("aux_loss", "z_loss", "expert_load_max", "expert_load_min", "router_entropy")
+    assert 1 <= first["expert_load_max"] <= 4  # of four experts
+    assert 0 <= first["expert_load_min"] <= 1
+    # 2 of 4 experts a token: 2 when even, 4 when all tokens are sure of the same one and have two
+    assert 1.9 <= first["aux_loss"] <= 4
+    recorded = []
+    forward = CausalLMMixin.forward
+
+    def record(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        if "labels" in kwargs:  # not of held-out rows
+            count = (kwargs["labels"] != -100).sum()
+            recorded.append((metrics.model_figures(output), count))
+        return output
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CausalLMMixin, "forward", record)
+        shutil.rmtree(run_dir)
+        run(recipe, *common, "--micro_batch_size", "1")
+    (parts,) = events(run_dir, "train")
+    assert len(recorded) == 4
+    targets = sum(count for _, count in recorded)
+    for name in names:
+        mean = sum(figures[name] * count for figures, count in recorded) / targets
+        assert parts[name] == pytest.approx(float(mean), rel=1e-5)  # fp32 sums in another order
+    # Loads of the parts are at least as uneven as that of the whole.
+    assert parts["expert_load_max"] >= first["expert_load_max"] * (1 - 1e-5)
 
 
 def test_bf16_autocast_trains_fp32_weights(recipe):
