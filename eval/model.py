@@ -150,10 +150,12 @@ def describe_model(name: str, loaded: LoadedModel) -> dict[str, Any]:
     `state_bytes_per_token` the part that grows (0 for recurrent models).
     """
     model, config = loaded.model, loaded.model.config
-    # Four and eight tokens: both longer than any cache that an implementation rounds up.
-    short, long = (_cache_of(model, tokens) for tokens in (4, 8))
+    # Some caches grow in powers of two from 64 tokens on; these two lengths fill them.
+    limit = length_limit(config)
+    tokens = 64 if limit is None or limit >= 128 else 4
+    short, long = _cache_of(model, tokens), _cache_of(model, 2 * tokens)
     few, more = cache_bytes(short), cache_bytes(long)
-    per_token = (more - few) // 4
+    per_token = (more - few) // tokens
     return {
         "name": name,
         "weights": loaded.weights,
@@ -170,7 +172,7 @@ def describe_model(name: str, loaded: LoadedModel) -> dict[str, Any]:
         "parameters": model.num_parameters(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "state_dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in _cached(short)}),
-        "state_bytes": few - 4 * per_token,
+        "state_bytes": few - tokens * per_token,
         "state_bytes_per_token": per_token,
         "tokenizer": f"{type(loaded.tokenizer).__name__}, {len(loaded.tokenizer)} tokens, "
         f"sha256 {tokenizer_hash(loaded.tokenizer)}",
