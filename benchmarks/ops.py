@@ -213,7 +213,7 @@ def _spread(run: Callable[..., Any]) -> Callable[[Inputs], Any]:
     def call(inputs: Inputs) -> Any:
         return run(**inputs)
 
-    call.peer = run  # type: ignore[attr-defined]
+    call.peer = run
     return call
 
 
@@ -281,8 +281,8 @@ def compile_part(selected: list[Case], part: int, parts: int, choices: Path) -> 
     for i, case in enumerate(selected):
         runs: list[tuple[Case, Callable[[Inputs], Any]]] = [
             (_smaller(case), _spread(run))
-            for run in loaded[case.operator].values()
-            if not isinstance(run, str)
+            for name, run in loaded[case.operator].items()
+            if not isinstance(run, str) and not name.startswith("transformers")  # torch alone
         ]
         if i % parts == part:
             runs.append((case, functools.partial(OPERATORS[case.operator].run, impl=OURS)))

@@ -6,6 +6,7 @@ benchmarks/operators.py. Nothing of a peer is changed but how long its autotuner
 """
 
 import importlib
+import inspect
 import itertools
 import json
 import sys
@@ -54,7 +55,7 @@ def without_cuda_scan() -> None:
             sys.modules[name] = types.ModuleType(name)
 
 
-def _cuda_extension(name: str) -> None:
+def cuda_extension(name: str) -> None:
     """Raise ImportError unless the compiled module can be loaded."""
     if name in sys.modules and not hasattr(sys.modules[name], "__file__"):
         raise ImportError(f"the CUDA extension {name} is not installed")
@@ -98,7 +99,7 @@ def _mamba3_mamba() -> Run:
 @_peer("selective_scan", "mamba_ssm")
 def _selective_scan_mamba() -> Run:
     without_cuda_scan()
-    _cuda_extension("selective_scan_cuda")
+    cuda_extension("selective_scan_cuda")
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
     def run(x, dt, A, B, C, D=None, z=None, dt_bias=None):
@@ -110,7 +111,7 @@ def _selective_scan_mamba() -> Run:
         )  # fmt: skip
         return y.transpose(1, 2)
 
-    run.time_last = ("x", "dt", "B", "C", "z")  # type: ignore[attr-defined]
+    run.time_last = ("x", "dt", "B", "C", "z")
     return run
 
 
@@ -126,7 +127,7 @@ def _conv_fla() -> Run:
 
 @_peer("causal_conv1d", "causal_conv1d")
 def _conv_cuda() -> Run:
-    _cuda_extension("causal_conv1d_cuda")
+    cuda_extension("causal_conv1d_cuda")
     from causal_conv1d import causal_conv1d_fn
 
     def run(x, weight, bias=None, seq_idx=None):
@@ -219,7 +220,7 @@ def _loss_torch() -> Run:
 @_peer("mixer", "mamba_ssm")
 def _mixer_mamba() -> Run:
     without_cuda_scan()
-    _cuda_extension("causal_conv1d_cuda")
+    cuda_extension("causal_conv1d_cuda")
     from mamba_ssm.ops.triton.ssd_combined import mamba_split_conv1d_scan_combined
 
     def run(projected, conv_weight, conv_bias, A, D, dt_bias, norm_weight, out_weight, head_dim):
@@ -281,8 +282,8 @@ def _of_tokens(forward: Callable[..., Tensor]) -> Run:
 def _experts_eager() -> Run:
     from transformers.models.jamba.modeling_jamba import JambaExperts
 
-    # The decorator keeps the module's own loop as what it wraps.
-    return _of_tokens(JambaExperts.forward.__wrapped__)  # type: ignore[attr-defined]
+    # The module's own loop stands inside a decorator that chooses another implementation.
+    return _of_tokens(inspect.unwrap(JambaExperts.forward))
 
 
 @_peer("moe_experts", "transformers, grouped_mm")

@@ -68,6 +68,11 @@ def _ours(name: str) -> str:
     return name.replace("gate.", "router.", 1) if name.startswith("gate.") else name
 
 
+def _grad(leaf: Tensor) -> Tensor:
+    assert leaf.grad is not None
+    return leaf.grad
+
+
 @families
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_layer_equals_transformers(
@@ -90,19 +95,19 @@ def test_layer_equals_transformers(
     probe = torch.randn_like(x)
     for output in outputs:
         output.backward(probe)
-    assert relative_error(leaves[1].grad, leaves[0].grad) < bound  # type: ignore[arg-type]
+    assert relative_error(_grad(leaves[1]), _grad(leaves[0])) < bound
     ours_by_name = dict(ours.named_parameters())
     for name, parameter in theirs.named_parameters():
-        grad = ours_by_name[_ours(name)].grad
-        assert relative_error(grad, parameter.grad) < bound, name  # type: ignore[arg-type]
+        grad = _grad(ours_by_name[_ours(name)])
+        assert relative_error(grad, _grad(parameter)) < bound, name
 
 
 def test_shared_experts_with_a_gate() -> None:
     layer, plain = _moe(shared_size=16, shared_gate=True).double(), _moe().double()
     plain.load_state_dict({n: t for n, t in layer.state_dict().items() if "shared" not in n})
     x = torch.randn(2, 5, D, dtype=torch.float64)
-    gate, up = layer.shared_experts.gate_up_proj(x).chunk(2, -1)
-    shared = layer.shared_experts.down_proj(nn.functional.silu(gate) * up)
+    gate, up, down = (getattr(layer.shared_experts, f"{n}_proj") for n in ("gate", "up", "down"))
+    shared = down(nn.functional.silu(gate(x)) * up(x))
     shared = torch.sigmoid(layer.shared_gate(x)) * shared
     assert relative_error(layer(x), plain(x) + shared) < 1e-12
 
@@ -132,11 +137,11 @@ def test_layer_compiles_without_breaks(impl: str) -> None:
         run(x, seq).float().square().sum().backward()
         (routing,) = take_routings([layer])
         assert routing.logits.shape == (2, 5, E)
-        grads.append([p.grad for p in layer.parameters()])
+        grads.append([_grad(p) for p in layer.parameters()])
         layer.zero_grad()
     for grad, expected in zip(*grads, strict=True):
         # the same operations, some of them fused: 8 bits
-        assert relative_error(grad, expected) < 2**-7  # type: ignore[arg-type]
+        assert relative_error(grad, expected) < 2**-7
 
 
 def test_autocast_computes_in_bf16_and_keeps_gradients_wide() -> None:
@@ -148,7 +153,7 @@ def test_autocast_computes_in_bf16_and_keeps_gradients_wide() -> None:
     assert y.dtype == torch.bfloat16
     assert routing.logits.dtype == routing.weights.dtype == torch.float32  # a wide router
     y.sum().backward()
-    assert layer.experts.up_proj.grad.dtype == torch.float32  # type: ignore[union-attr]
+    assert _grad(layer.experts.up_proj).dtype == torch.float32
     # 8 bits through three layers of products
     assert relative_error(y, layer(x)) < 2e-2
 

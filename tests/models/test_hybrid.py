@@ -239,6 +239,9 @@ def test_flops_per_token_equal_a_count_by_hand() -> None:
     rest = 2 * 3 * 32 * 128 + 2 * (4 * 32 + 2 * 3 * 24 * 32)
     mlp = {"type": "mlp", "intermediate_size": 100}
     assert build(["attention", mlp, "moe"]).flops_per_token(64) == attention + rest + head
+    # Shared experts of 40 with a gate count once.
+    shared = build(["attention", mlp, {"type": "moe", "shared_size": 40}])
+    assert shared.flops_per_token(64) == attention + rest + 2 * 3 * 32 * 40 + head
 
 
 BAD: list[tuple[dict[str, Any], str]] = [

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from ssm_hf.cache import RecurrentCache
+from ssm_hf.layers.feed_forward import FeedForward
 from ssm_hf.layers.linear import Linear, linear_dtype
-from ssm_hf.layers.mixer import Initialization, Sublayer, reset_linear, reset_out_proj
+from ssm_hf.layers.mixer import Initialization, Sublayer, reset_linear
 from ssm_hf.ops.moe import (
     Activation,
     RouterKind,
@@ -22,7 +23,6 @@ from ssm_hf.ops.moe import (
     moe_experts,
     moe_route,
 )
-from ssm_hf.ops.moe.reference import activate
 from ssm_hf.ops.packing import compute_dtype, in_given_precision
 from ssm_hf.sequence import SequenceInfo
 
@@ -209,31 +209,6 @@ class Experts(nn.Module):
         return f"{experts} of {out} x {inner}, activation={self.activation}, gated={self.gated}"
 
 
-class SharedExperts(nn.Module):
-    """A feed-forward network that every token passes, of the same kind as the experts beside it."""
-
-    def __init__(
-        self, *, hidden_size: int, intermediate_size: int, activation: Activation, gated: bool
-    ) -> None:
-        super().__init__()
-        self.activation: Activation = activation
-        self.gated = gated
-        if gated:
-            self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size, bias=False)
-        else:
-            self.up_proj = Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
-
-    @property
-    def in_proj(self) -> Linear:
-        """The projection before the activation."""
-        return self.gate_up_proj if self.gated else self.up_proj
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
-        return self.down_proj(activate(self.in_proj(x), self.activation, self.gated))
-
-
 class MoE(Sublayer):
     """Σ_k weight_k expert_k(x) of each token's k experts, and the shared experts' output.
 
@@ -295,11 +270,12 @@ class MoE(Sublayer):
         )
         self.shared_experts = self.shared_gate = None
         if shared_size > 0:
-            self.shared_experts = SharedExperts(
+            self.shared_experts = FeedForward(
                 hidden_size=hidden_size,
                 intermediate_size=shared_size,
                 activation=activation,
                 gated=gated,
+                use_bias=False,
             )
             if shared_gate:
                 self.shared_gate = Linear(hidden_size, 1, bias=False)
@@ -315,8 +291,7 @@ class MoE(Sublayer):
         self.router.reset_parameters(scheme, std)
         self.experts.reset_parameters(scheme, std, num_residual_layers)
         if self.shared_experts is not None:
-            reset_linear(self.shared_experts.in_proj, scheme, std)
-            reset_out_proj(self.shared_experts.down_proj, num_residual_layers)
+            self.shared_experts.reset_parameters(scheme, std, num_residual_layers)
         if self.shared_gate is not None:
             reset_linear(self.shared_gate, scheme, std)
 
@@ -324,10 +299,12 @@ class MoE(Sublayer):
         """Router, k experts, and what is shared."""
         of_expert = self.experts.in_proj[0].numel() + self.experts.down_proj[0].numel()
         weights = self.router.weight.numel() + self.router.top_k * of_expert
-        for shared in (self.shared_experts, self.shared_gate):
-            if shared is not None:
-                weights += sum(p.numel() for p in shared.parameters())
-        return 2 * weights
+        flops = 2 * weights
+        if self.shared_experts is not None:
+            flops += self.shared_experts.flops_per_token(sequence_length)
+        if self.shared_gate is not None:
+            flops += 2 * self.shared_gate.weight.numel()
+        return flops
 
     def forward(
         self,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @contextmanager
@@ -50,4 +51,6 @@ def _seen_by_compiler(value: Any) -> Any:
     """What of an argument decides which machine code is made; plain values by themselves."""
     if isinstance(value, torch.Tensor):
         return value.dtype, value.data_ptr() % 16 == 0
+    if isinstance(value, TensorDescriptor):
+        return value.base.dtype, len(value.shape), *value.block_shape
     return type(value), value
