@@ -6,7 +6,8 @@ bf16 autocast over fp32 weights, rows of random tokens, the fused loss for ours 
 for the peers. Ours is timed three ways (see `model.execution` in training/config.py), the peers
 eagerly, compiled or captured (`--peers llama:compile mamba_ssm:eager`), their autotuners' search
 shortened (see `Autotuners` in benchmarks/peers.py). Before anything is timed, loss and gradients of
-the kernels are held to those of the torch path in fp32.
+the kernels are held to those of the torch path in fp32; so are those of mamba_ssm's models, which
+are given our weights.
 
 With --first-step a training run is started in a fresh process with an empty kernel cache, and the
 time until its first step is done is taken.
@@ -23,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 import ssm_hf
 from benchmarks import common
-from benchmarks.peers import Autotuners, without_cuda_scan
+from benchmarks.peers import Autotuners, cuda_extension, without_cuda_scan
 from training.graph import GraphedPass
 from training.peaks import peak_flops
 
@@ -71,19 +72,33 @@ def llama(layers: int, hidden: int, heads: int) -> tuple[nn.Module, Loss]:
 
 
 def mamba_ssm(name: str) -> tuple[nn.Module, Loss]:
-    """Their Mamba-2 on their Triton scan; where causal-conv1d is not installed, on torch's
-    convolution, which is what their code then takes."""
+    """Their model of the same sizes, with our weights. Mamba-2 runs on their Triton scan; where
+    causal-conv1d is not installed, on torch's convolution, which is what their code then takes.
+
+    Raises:
+        ImportError: Mamba-1, and their CUDA scan is not installed.
+    """
     without_cuda_scan()
     from mamba_ssm.models.config_mamba import MambaConfig
     from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
     from mamba_ssm.modules import mamba2
 
-    own = AutoConfig.from_pretrained(MODELS / f"{name}.json")
-    layer = {"layer": "Mamba2", "use_mem_eff_path": mamba2.causal_conv1d_fn is not None}
-    config = MambaConfig(own.hidden_size, n_layer=own.num_hidden_layers, vocab_size=VOCAB,
-                         ssm_cfg=layer)  # fmt: skip
-    torch.manual_seed(0)
+    own, _ = ours(name)
+    if own.config.model_type == "mamba2":
+        has_conv = mamba2.causal_conv1d_fn is not None
+        layer = {"layer": "Mamba2", "use_mem_eff_path": has_conv}
+    else:
+        cuda_extension("selective_scan_cuda")
+        layer = {"layer": "Mamba1"}
+    config = MambaConfig(own.config.hidden_size, n_layer=own.config.num_hidden_layers,
+                         vocab_size=own.config.vocab_size, ssm_cfg=layer)  # fmt: skip
     model = MambaLMHeadModel(config, device="cuda", dtype=torch.float32).train()
+    theirs = dict(model.named_parameters())
+    with torch.no_grad():
+        for our_name, p in own.named_parameters():
+            theirs.pop(our_name.replace(".embeddings.", ".embedding.")).copy_(p)
+    if theirs:
+        raise RuntimeError(f"mamba_ssm's model has parameters that ours has not: {list(theirs)}")
     return model, _loss_of_logits(model)
 
 
@@ -115,12 +130,29 @@ def _loss_of_logits(model: nn.Module) -> Loss:
     return loss
 
 
-PEERS: dict[str, Callable[[], tuple[nn.Module, Loss]]] = {
-    "llama": functools.partial(llama, 12, 768, 12),
-    "llama-370m": functools.partial(llama, 24, 1024, 16),
-    "mamba_ssm": functools.partial(mamba_ssm, "mamba2-130m"),
-    "mamba_ssm-370m": functools.partial(mamba_ssm, "mamba2-370m"),
-    "fla": functools.partial(fla, "mamba2-130m"),
+class Peer(NamedTuple):
+    """What its results are filed under, how to build it, and our model of the same function."""
+
+    case: str
+    provider: str
+    build: Callable[[], tuple[nn.Module, Loss]]
+    own: str | None = None
+
+
+def _peer_of(name: str, provider: str, build: Callable[[str], tuple[nn.Module, Loss]]) -> Peer:
+    family, size = name.split("-")
+    own = name if provider == "mamba_ssm" else None
+    return Peer(f"train-{size}-{family}", provider, functools.partial(build, name), own)
+
+
+PEERS: dict[str, Peer] = {
+    "llama": Peer("train-130m-llama", "transformers", functools.partial(llama, 12, 768, 12)),
+    "llama-370m": Peer("train-370m-llama", "transformers", functools.partial(llama, 24, 1024, 16)),
+    "mamba_ssm": _peer_of("mamba2-130m", "mamba_ssm", mamba_ssm),
+    "mamba_ssm-370m": _peer_of("mamba2-370m", "mamba_ssm", mamba_ssm),
+    "mamba_ssm-1": _peer_of("mamba-130m", "mamba_ssm", mamba_ssm),
+    "mamba_ssm-1-370m": _peer_of("mamba-370m", "mamba_ssm", mamba_ssm),
+    "fla": _peer_of("mamba2-130m", "fla", fla),
 }
 
 
@@ -137,31 +169,47 @@ def backward_pass(loss: Loss) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
     return run
 
 
-def check(model: nn.Module, loss: Loss, ids: Tensor) -> dict[str, float]:
-    """Error of the bf16 loss and gradients against the torch path in fp32, and the torch path's own
-    in bf16.
+def loss_and_gradients(model: nn.Module, loss: Loss, ids: Tensor, bf16: bool) -> list[Tensor]:
+    """Loss and gradient, the latter in one piece in the host's memory."""
+    model.zero_grad(set_to_none=True)
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16):
+        value = loss(ids)
+    value.backward()
+    # The only name of a parameter that differs comes first in ours and theirs, if sorted.
+    grads = [p.grad.flatten().float() for _, p in sorted(model.named_parameters())]
+    model.zero_grad(set_to_none=True)
+    return [value.detach().double().cpu(), torch.cat(grads).cpu()]
+
+
+class Truth(NamedTuple):
+    """Loss and gradient of one of our models on the torch path in fp32, and in bf16."""
+
+    exact: list[Tensor]
+    bf16: list[Tensor]
+
+    @classmethod
+    def of(cls, name: str, ids: Tensor) -> "Truth":
+        model, loss = ours(name)
+        with ssm_hf.implementation("reference"):
+            return cls(*(loss_and_gradients(model, loss, ids, bf16) for bf16 in (False, True)))
+
+
+def check(
+    model: nn.Module, loss: Loss, ids: Tensor, truth: Truth, factor: float
+) -> dict[str, float]:
+    """Errors of the bf16 loss and gradient, and those of our torch path in bf16.
 
     Raises:
-        RuntimeError: the kernels are more than twice as far off.
+        RuntimeError: the model is more than `factor` times as far off.
     """
-
-    def gradients(impl: str, bf16: bool) -> tuple[float, Tensor]:
-        model.zero_grad(set_to_none=True)
-        with ssm_hf.implementation(impl), torch.autocast("cuda", torch.bfloat16, enabled=bf16):
-            value = loss(ids)
-        value.backward()
-        grads = torch.cat([p.grad.flatten().float() for p in model.parameters()])
-        model.zero_grad(set_to_none=True)
-        return value.item(), grads
-
-    right, exact = gradients("reference", bf16=False)
-    errors = {}
-    for impl in ("auto", "reference"):
-        value, grads = gradients(impl, bf16=True)
-        errors[f"loss_error_{impl}"] = abs(value - right) / right
-        errors[f"gradient_error_{impl}"] = float((grads - exact).norm() / exact.norm())
+    got = {"auto": loss_and_gradients(model, loss, ids, bf16=True), "reference": truth.bf16}
+    errors = {
+        f"{what}_error_{impl}": float((value - exact).norm() / exact.norm())
+        for impl, values in got.items()
+        for what, value, exact in zip(("loss", "gradient"), values, truth.exact, strict=True)
+    }
     for what in ("loss", "gradient"):
-        bound = 2 * errors[f"{what}_error_reference"] + 1e-3
+        bound = factor * errors[f"{what}_error_reference"] + 1e-3
         if not errors[f"{what}_error_auto"] <= bound:
             raise RuntimeError(f"{what}: {errors}; nothing is timed")
     return errors
@@ -328,7 +376,7 @@ def compile_part(
     """
     rows = batch if batch == 1 else 16 if batch % 16 == 0 else 2
     ids = torch.randint(3, 50280, (rows, length), device="cuda")
-    built = [PEERS[name.partition(":")[0]]() for name in names]
+    built = [PEERS[name.partition(":")[0]].build() for name in names]
     Autotuners(choices).compile_only(part, parts)
     for _, loss in built:
         backward_pass(loss)({"input_ids": ids}, torch.ones((), device="cuda"))
@@ -337,19 +385,14 @@ def compile_part(
 # --- main -----------------------------------------------------------------------------------------
 
 
-def runs(arguments: argparse.Namespace) -> Iterator[tuple[str, str, str, Any]]:
-    """(case, provider, way, how to build it)."""
+def runs(arguments: argparse.Namespace) -> Iterator[tuple[Peer, str]]:
+    """What to time, ours among it, and in which way."""
     for name in arguments.models:
-        family, size = name.split("-")
         for way in arguments.ways:
-            yield f"train-{size}-{family}", "ssm_hf", way, functools.partial(ours, name)
+            yield _peer_of(name, "ssm_hf", ours)._replace(own=name), way
     for name in arguments.peers:
         name, _, way = name.partition(":")
-        peer, *size = name.split("-")
-        family = "llama" if peer == "llama" else "mamba2"
-        case = f"train-{size[0] if size else '130m'}-{family}"
-        provider = "transformers" if peer == "llama" else peer
-        yield case, provider, way or "eager", PEERS[name]
+        yield PEERS[name], way or "eager"
 
 
 def main() -> None:
@@ -384,20 +427,26 @@ def main() -> None:
 
     shape = {"B": arguments.batch, "T": arguments.length}
     ids = torch.randint(3, 50280, (arguments.batch, arguments.length), device="cuda")
-    for case, provider, way, build in runs(arguments):
-        model, loss = build()
+    truths: dict[str, Truth] = {}
+    for (case, provider, build, own), way in runs(arguments):
         if provider in TUNED:
             for process in compilers:
                 process.wait()
+        if own is not None and own not in truths:
+            truths[own] = Truth.of(own, ids[:, :512])
+        model, loss = build()
+        if provider in TUNED:
             Autotuners(arguments.peer_choices).measure_briefly()
         details = {
             "way": way,
             "shape": shape,
             "parameters": sum(p.numel() for p in model.parameters()),
         }
-        if provider == "ssm_hf":
-            # As many rows as are timed: these are the same kernels.
-            details |= check(model, loss, ids[:, :512])
+        if own is not None:
+            # As many rows as are timed: these are the same kernels. A peer may round where we do
+            # not; another function would be off by the gradient's own size.
+            factor = 2 if provider == "ssm_hf" else 4
+            details |= check(model, loss, ids[:, :512], truths[own], factor)
         values = measure(model, loss, way, ids, arguments.seconds, arguments.profile)
         keep(case, provider, values, **details)
         del model, loss
