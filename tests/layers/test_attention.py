@@ -13,9 +13,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ssm_hf.cache import KVLayer, RecurrentCache
 from ssm_hf.layers import attention
-from ssm_hf.layers.attention import AttentionMixer, FusedAttention, SelfAttention, _eager
+from ssm_hf.layers.attention import AttentionMixer, FusedAttention, SelfAttention
+from ssm_hf.layers.attention_functions import _eager
+from ssm_hf.ops.dispatch import ImplementationUnavailableError, implementation
 from ssm_hf.sequence import SequenceInfo
-from tests.helpers import content, randomize_, relative_error
+from tests.helpers import content, kernel_device, randomize_, relative_error
 
 D = 12
 OPTIONS = {"hidden_size": D, "num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "window": None,
@@ -98,9 +100,9 @@ def _flash(
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
-@pytest.fixture(params=["eager", "sdpa", "flash_stand_in"])
-def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param not in ("eager", "sdpa"):
+@pytest.fixture(params=["eager", "sdpa", "ssm_hf", "flash_stand_in"])
+def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "flash_stand_in":
         mapping = ALL_ATTENTION_FUNCTIONS._local_mapping
         monkeypatch.setitem(mapping, request.param, _flash)
     return request.param
@@ -113,9 +115,9 @@ DOC = [[0, 0, 0, 0, 1, 1, 2, 2, 2], [0] * 9, [0, 0, 0, 0, 0, 1, 1, 1, 1]]
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("facts", ["plain", "padded", "packed", "both"])
 def test_every_implementation_is_the_definition(
-    implementation: str, window: int | None, facts: str
+    chosen: str, window: int | None, facts: str
 ) -> None:
-    mixer = _mixer(window=window, config=SimpleNamespace(_attn_implementation=implementation))
+    mixer = _mixer(window=window, config=SimpleNamespace(_attn_implementation=chosen))
     x = _x(3, 9)
     real = torch.tensor(REAL).bool() if facts in ("padded", "both") else None
     doc = torch.tensor(DOC) if facts in ("packed", "both") else None
@@ -131,8 +133,8 @@ def test_every_implementation_is_the_definition(
 
 
 @pytest.mark.parametrize("window", [None, 3, 70])
-def test_every_implementation_continues_a_cache(implementation: str, window: int | None) -> None:
-    mixer = _mixer(window=window, config=SimpleNamespace(_attn_implementation=implementation))
+def test_every_implementation_continues_a_cache(chosen: str, window: int | None) -> None:
+    mixer = _mixer(window=window, config=SimpleNamespace(_attn_implementation=chosen))
     x, mask = _x(3, 90), torch.rand(3, 90) < 0.8
     mask[0] = True
     whole = mixer(x, SequenceInfo(mask=mask))
@@ -150,6 +152,77 @@ def test_every_implementation_continues_a_cache(implementation: str, window: int
             parts.append(mixer(step, SequenceInfo(), cache))
     whole = mixer(x, SequenceInfo(mask=mask))
     assert relative_error(torch.cat(parts, dim=1)[mask], whole[mask]) < 1e-12
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("facts", ["plain", "padded", "packed", "both"])
+def test_kernels_of_ours_equal_the_definition(window: int | None, facts: str) -> None:
+    """With gradients, in fp32 against a stated `eager` in fp64."""
+    device = kernel_device()
+    mixer = _mixer(window=window).to(device)
+    by_definition = _mixer(window=window, config=SimpleNamespace(_attn_implementation="eager"))
+    real = torch.tensor(REAL).bool() if facts in ("padded", "both") else None
+    doc = torch.tensor(DOC) if facts in ("packed", "both") else None
+    at = torch.ones(3, 9, dtype=torch.bool) if real is None else real
+    x, probe = _x(3, 9), _x(3, 9) * at[..., None]
+    wide, single = x.requires_grad_(), x.detach().to(device).float().requires_grad_()
+    expected = by_definition(wide, SequenceInfo(mask=real, seq_idx=doc))
+    seq = SequenceInfo(*(t if t is None else t.to(device) for t in (real, doc)), derived={})
+    with implementation("triton"):
+        y = mixer.float()(single, seq)
+    assert relative_error(y.cpu()[at], expected[at]) < 1e-5
+    ours = torch.autograd.grad((y * probe.to(y)).sum(), [single, *mixer.parameters()])
+    theirs = torch.autograd.grad((expected * probe).sum(), [wide, *by_definition.parameters()])
+    for grad, right in zip(ours, theirs, strict=True):
+        assert relative_error(grad.cpu(), right) < 1e-5
+
+
+@pytest.mark.parametrize("window", [None, 3, 70])
+def test_kernels_of_ours_continue_a_cache(window: int | None) -> None:
+    """Prompts in pieces with pads, then steps; against the whole row by a stated `sdpa`."""
+    device = kernel_device()
+    mixer = _mixer(window=window).float().to(device)
+    by_torch = _mixer(window=window, config=SimpleNamespace(_attn_implementation="sdpa"))
+    x, mask = _x(2, 79), torch.rand(2, 79) < 0.8
+    mask[0] = mask[:, 76:] = True
+    cache, parts = _cache(), []
+    with torch.no_grad(), implementation("triton"):
+        for start, end in ((0, 5), (5, 6), (6, 36), (36, 76), (76, 77), (77, 78), (78, 79)):
+            real = None if end - start == 1 and start >= 76 else mask[:, start:end].to(device)
+            part = x[:, start:end].float().to(device)
+            parts.append(mixer(part, SequenceInfo(mask=real), cache))
+    whole = by_torch(x, SequenceInfo(mask=mask))
+    assert relative_error(torch.cat(parts, dim=1).cpu()[mask], whole[mask]) < 1e-5
+
+
+@pytest.mark.parametrize("stated", ["eager", "sdpa", "ssm_hf", None])
+def test_a_stated_implementation_is_obeyed(
+    stated: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels of ours run where `ssm_hf` or nothing is stated, and never in place of another."""
+    ran = []
+    for name in ("interval_attention", "interval_attention_step"):
+        run = getattr(attention, name)
+        noted = lambda *a, name=name, run=run, **o: ran.append(name) or run(*a, **o)  # noqa: E731
+        monkeypatch.setattr(attention, name, noted)
+    config = None if stated is None else SimpleNamespace(_attn_implementation=stated)
+    device = kernel_device()
+    mixer, cache = _mixer(config=config).float().to(device), _cache()
+    with torch.no_grad(), implementation("triton"):
+        packed = SequenceInfo(seq_idx=torch.tensor(DOC, device=device))
+        mixer(_x(3, 9).float().to(device), packed, cache)
+        mixer(_x(3, 1).float().to(device), SequenceInfo(), cache)
+    own = ["interval_attention", "interval_attention_step"]
+    assert ran == (own if stated in ("ssm_hf", None) else [])
+
+
+def test_kernels_of_ours_are_refused_where_they_cannot_run() -> None:
+    seq, x = SequenceInfo(seq_idx=torch.tensor(DOC)), _x(3, 9)
+    with implementation("triton"):
+        with pytest.raises(ImplementationUnavailableError, match="float64"):
+            _mixer()(x, seq)
+        with pytest.raises(ImplementationUnavailableError, match="drop"):
+            _mixer(dropout=0.5).float().train()(x.float(), seq)
 
 
 @torch.no_grad()

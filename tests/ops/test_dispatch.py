@@ -40,6 +40,23 @@ def test_triton_is_refused_where_there_is_no_kernel(case: Case) -> None:
     assert torch.equal(case.run(**inputs, **case.options, impl="reference"), expected)
 
 
+def test_kernels_that_no_gpu_has_checked_run_on_request_alone(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "_told", set())
+    monkeypatch.setattr(dispatch, "_UNPROVEN", ("ssd",))
+    cuda, run = torch.device("cuda"), {"reference": lambda: "torch", "triton": lambda: "kernels"}
+    with caplog.at_level(logging.WARNING, "ssm_hf"):
+        assert pick("ssd", "auto", cuda, **run)() == "torch"
+    assert "not been checked on a GPU" in caplog.text
+    assert not dispatch.runs_kernels("ssd", cuda)
+    assert ssm_hf.implementations("cuda")["ssd"][0] == "reference"
+    assert pick("ssd", "triton", cuda, **run)() == "kernels"
+    with ssm_hf.implementation("triton"):
+        assert pick("ssd", "auto", cuda, **run)() == "kernels"
+        assert dispatch.runs_kernels("ssd", cuda)
+
+
 @over_kernels
 def test_triton_runs_on_a_gpu_or_in_the_interpreter(case: Case) -> None:
     inputs = _draw(case, torch.float32, kernel_device())
@@ -166,8 +183,8 @@ def test_table_of_implementations_names_every_operator(
     assert all(line.split()[1] == "reference" for line in lines)
 
     on_gpu = ssm_hf.implementations("cuda")
-    assert on_gpu["linear_scan"][0] == "reference"
-    assert {on_gpu[op][0] for op in OPERATORS if op != "linear_scan"} == {"triton"}
+    by_itself = set(OPERATORS) - {"linear_scan", *dispatch._UNPROVEN}
+    assert {op for op in OPERATORS if on_gpu[op][0] == "triton"} == by_itself
     monkeypatch.setattr(dispatch, "_INTERPRETED", False)
     monkeypatch.setenv("SSM_HF_IMPL", "triton")
     table = ssm_hf.implementations("cpu")

@@ -1,25 +1,30 @@
 """Softmax attention among recurrent layers: grouped heads, windows, rotary positions.
 
-The product of queries, keys and values is left to transformers' attention functions.
+The product of queries, keys and values is ours, or left to transformers' attention functions.
 """
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ssm_hf.cache import KVLayer, RecurrentCache, RecurrentLayer, State
+from ssm_hf.layers.attention_functions import call_attention, call_by_document
 from ssm_hf.layers.attention_mask import (
     Places,
     block_mask,
-    by_document,
     cached_numbers,
+    columns,
     dense_mask,
+    latest,
+    next_position,
     places,
+    positions,
+    shared_fact,
 )
 from ssm_hf.layers.linear import Linear
 from ssm_hf.layers.mixer import (
@@ -32,9 +37,18 @@ from ssm_hf.layers.mixer import (
     reset_linear,
     reset_out_proj,
 )
+from ssm_hf.ops.dispatch import pick
+from ssm_hf.ops.interval_attention import (
+    interval_attention,
+    interval_attention_step,
+    why_unsupported,
+)
 from ssm_hf.ops.packing import compute_dtype
 from ssm_hf.sequence import SequenceInfo
 
+# The implementation that models take where none is stated: kernels of ours for packed, padded and
+# windowed rows and for single tokens, `sdpa` for the rest.
+OWN_ATTENTION = "ssm_hf"
 # Queries that share one piece of a mask along a window.
 _PIECE = 1024
 
@@ -54,9 +68,9 @@ class AttentionMixer(Mixer):
         rope_theta: base of the rotation's wave lengths.
         scaling: of the scores; None = d^-0.5.
         dropout: of the attention weights, in training.
-        config: its `_attn_implementation` chooses among `eager`, `sdpa`, `flex_attention` and the
-            flash attentions at every call; None = `sdpa`. One-token steps take `sdpa` in place of
-            the last two.
+        config: its `_attn_implementation` chooses among `ssm_hf` (see `OWN_ATTENTION`), `eager`,
+            `sdpa`, `flex_attention` and the flash attentions at every call; None = `ssm_hf`.
+            One-token steps take `sdpa` in place of the last two.
         layer_idx: place in the cache.
 
     Raises:
@@ -173,8 +187,7 @@ class AttentionMixer(Mixer):
 
         fresh, seen = not state, past_key_values.seen_tokens
         if length == 1 and seq.mask is None and seq.seq_idx is None and not fresh:
-            self._store(layer, k, v, seq, own, seen)
-            y = self._attend_cache(q, layer)
+            y = self._step(q, k, v, seq, own, layer, seen)
         elif fresh:
             y = self._attend(q, k, v, seq, own, None)
             self.begin(layer, batch, raw.dtype, raw.device)
@@ -220,10 +233,65 @@ class AttentionMixer(Mixer):
         self, q: Tensor, k: Tensor, v: Tensor, seq: SequenceInfo, own: Places, state: State | None
     ) -> Tensor:
         """q (B, T, H, d) over the new keys and values (B, T, G, d), and the cached ones if any."""
-        batch, length = q.shape[:2]
         name = self._implementation()
+        if name != OWN_ATTENTION:
+            return self._attend_by(name, q, k, v, seq, own, state)
+        by_torch = partial(self._attend_by, "sdpa")
+        if seq.mask is None and seq.seq_idx is None and state is None and not self._banded(q):
+            # Plainly causal: what torch's fused kernels are made for.
+            return by_torch(q, k, v, seq, own, state)
+        run = self._own_or(by_torch, self._attend_intervals_of, q, k, v)
+        return run(q, k, v, seq, own, state)
+
+    def _banded(self, q: Tensor) -> bool:
+        """Whether the window hides keys of the call from queries (B, T, H, d) of the call."""
+        return self.window is not None and q.shape[1] > self.window
+
+    def _own_or(self, by_torch: Any, by_kernels: Any, q: Tensor, k: Tensor, v: Tensor) -> Any:
+        """What runs on these: our kernels where they can, as for any operator."""
+        unsupported = why_unsupported(q, k, v)
+        if self.training and self.dropout:
+            unsupported = "its kernels drop no attention weights out"
+        return pick(
+            "interval_attention",
+            "auto",
+            q.device,
+            reference=by_torch,
+            triton=by_kernels,
+            unsupported=unsupported,
+        )
+
+    def _attend_intervals_of(
+        self, q: Tensor, k: Tensor, v: Tensor, seq: SequenceInfo, own: Places, state: State | None
+    ) -> Tensor:
+        """By our kernels; pads see nothing."""
+        k, v = k.to(q.dtype), v.to(q.dtype)
+        seen, cached = None, 0
+        if state is not None:
+            seen = state["length"]
+            slots = latest(state["keys"], seen, self.ring)
+            rows, cached = torch.arange(len(slots), device=q.device)[:, None], slots.shape[1]
+            k = torch.cat([state["keys"][rows, slots].to(q.dtype), k], dim=1)
+            v = torch.cat([state["values"][rows, slots].to(q.dtype), v], dim=1)
+        make = lambda: columns(own, seq.mask, seen, cached)  # noqa: E731
+        key = ("columns", self.window, q.device)
+        low, high, real = make() if state is not None else shared_fact(seq, key, make)
+        return interval_attention(q, k, v, low, high, key_mask=real, scale=self.scaling)
+
+    def _attend_by(
+        self,
+        name: str,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        seq: SequenceInfo,
+        own: Places,
+        state: State | None,
+    ) -> Tensor:
+        """The same by a function of transformers."""
+        batch, length = q.shape[:2]
         plain = seq.mask is None and seq.seq_idx is None and state is None
-        banded = self.window is not None and length > self.window
+        banded = self._banded(q)
         if plain and name not in ("eager", "flex_attention") and not banded:
             return self._call(name, q, k, v, None)
         if name.startswith("flash") and plain:
@@ -235,7 +303,7 @@ class AttentionMixer(Mixer):
             cached = cached_numbers(state["length"], state["keys"].shape[1])
             numbers = torch.cat([cached, numbers.expand(batch, -1)], dim=1)
         if name.startswith("flash"):
-            return self._call_by_document(name, q, k, v, own, numbers)
+            return call_by_document(self, name, q, k, v, own, numbers)
         if plain and banded and length > _PIECE:
             assert self.window is not None
             pieces = []
@@ -252,6 +320,46 @@ class AttentionMixer(Mixer):
         shared = state is None
         key = ("mask", name == "flex_attention", self.window, q.device)
         return self._call(name, q, k, v, shared_fact(seq, key, make) if shared else make())
+
+    def _step(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        seq: SequenceInfo,
+        own: Places,
+        layer: KVLayer,
+        columns_before: int,
+    ) -> Tensor:
+        """q (B, 1, H, d) over what is cached and its own k, v (B, 1, G, d), which are stored."""
+
+        def by_torch() -> Tensor:
+            self._store(layer, k, v, seq, own, columns_before)
+            return self._attend_cache(q, layer)
+
+        def by_kernels() -> Tensor:
+            layer.make_room(1, columns_before)
+            held = layer.state
+            y = interval_attention_step(
+                q[:, 0],
+                k[:, 0],
+                v[:, 0],
+                held["keys"],
+                held["values"],
+                held["length"],
+                window=self.window,
+                scale=self.scaling,
+            )
+            layer.write({"length": held["length"] + 1})
+            return y[:, None]
+
+        held = layer.state
+        differentiable = torch.is_grad_enabled() and any(
+            t.requires_grad for t in (q, k, v, held["keys"], held["values"])
+        )
+        if differentiable or self._implementation() != OWN_ATTENTION:
+            return by_torch()
+        return self._own_or(by_torch, by_kernels, q, held["keys"], held["values"])()
 
     def _attend_cache(self, q: Tensor, layer: KVLayer) -> Tensor:
         """q (B, 1, H, d) over what is cached, the query's own token included."""
@@ -271,44 +379,12 @@ class AttentionMixer(Mixer):
         return dense_mask(own, keys)
 
     def _implementation(self) -> str:
-        return getattr(self.config, "_attn_implementation", None) or "sdpa"
+        return getattr(self.config, "_attn_implementation", None) or OWN_ATTENTION
 
     def _call(
         self, name: str, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any
     ) -> Tensor:
-        """q (B, T, H, d), k and v (B, S, G, d) -> (B, T, H, d)."""
-        function: Callable[..., tuple[Tensor, Any]] = (
-            _eager if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
-        )
-        y, _ = function(
-            self,
-            *(t.transpose(1, 2) for t in (q, k.to(q.dtype), v.to(q.dtype))),
-            mask,
-            dropout=self.dropout if self.training else 0.0,
-            scaling=self.scaling,
-            is_causal=mask is None,
-            **options,
-        )
-        return y
-
-    def _call_by_document(
-        self, name: str, q: Tensor, k: Tensor, v: Tensor, own: Places, numbers: Tensor
-    ) -> Tensor:
-        layout = by_document(own, numbers, q.shape[0])
-        y = self._call(
-            name,
-            q.flatten(0, 1)[layout.queries][None],
-            k.flatten(0, 1)[layout.keys][None],
-            v.flatten(0, 1)[layout.keys][None],
-            None,
-            sliding_window=self.window,
-            cu_seq_lens_q=layout.query_offsets,
-            cu_seq_lens_k=layout.key_offsets,
-            max_length_q=layout.most_queries,
-            max_length_k=layout.most_keys,
-        )
-        whole = y.new_zeros(q.shape[0] * q.shape[1], *y.shape[2:])
-        return whole.index_put((layout.queries,), y[0]).view(q.shape)
+        return call_attention(self, name, q, k, v, mask, **options)
 
     def _store(
         self, layer: KVLayer, k: Tensor, v: Tensor, seq: SequenceInfo, own: Places, columns: int
@@ -492,67 +568,6 @@ def check_attention(
         raise ValueError(
             f"rotary_dim must be even and lie between 0 and head_dim={head_dim}, got {rotary_dim}"
         )
-
-
-def shared_fact(seq: SequenceInfo, key: Any, make: Callable[[], Any]) -> Any:
-    """What `make` derives from `seq`, by the first layer that asks for it."""
-    if seq.derived is None:
-        return make()
-    if key not in seq.derived:
-        seq.derived[key] = make()
-    return seq.derived[key]
-
-
-def positions(seq: SequenceInfo, own: Places, before: Tensor | None) -> Tensor:
-    """Positions (B, T), or (1, T), by which tokens are rotated: by their distances as given, or
-    counted. The first real token of a call follows what is cached, at the position `before` (B,).
-    """
-    if seq.position_ids is None:
-        position, after = own.rank, before
-    else:
-        position = seq.position_ids
-        if seq.mask is None:
-            first = position[:, 0]
-        else:
-            first = position.gather(1, seq.mask.int().argmax(dim=1, keepdim=True))[:, 0]
-        after = -first if before is None else before - first
-    if after is None:
-        return position
-    if own.doc is None:
-        return position + after[:, None]
-    return position + torch.where(own.doc == 0, after[:, None], 0)
-
-
-def next_position(seq: SequenceInfo, position: Tensor, before: Tensor | None) -> Tensor:
-    """Positions (B, T) of what would follow each token; pads move nothing on."""
-    if seq.mask is None:
-        return position + 1
-    index = torch.arange(seq.mask.shape[1], device=seq.mask.device)
-    last = torch.where(seq.mask, index, -1).cummax(dim=1).values
-    following = position.expand(last.shape).gather(1, last.clamp(min=0)) + 1
-    return torch.where(last >= 0, following, 0 if before is None else before[:, None])
-
-
-def _eager(
-    module: AttentionMixer,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    dropout: float,
-    scaling: float,
-    **_: Any,
-) -> tuple[Tensor, Tensor]:
-    """The definition: query (B, H, T, d), key and value (B, G, S, d) -> (B, T, H, d), weights."""
-    groups = module.num_key_value_groups
-    key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
-    scores = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, -math.inf)
-    weights = scores.to(compute_dtype(scores)).softmax(dim=-1).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout)
-    return (weights @ value).transpose(1, 2), weights
 
 
 def replay_counts(state: State, inputs: dict[str, Tensor], constants: dict[str, Tensor]) -> State:

@@ -5,6 +5,7 @@ numbers lie in [low, n]; low is where its document begins, or where its window d
 number beyond all others and sees pads alone, so that no query sees nothing.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -66,11 +67,64 @@ def places(
     return Places(number, low, rank, doc)
 
 
+def shared_fact(seq: SequenceInfo, key: Any, make: Callable[[], Any]) -> Any:
+    """What `make` derives from `seq`, by the first layer that asks for it."""
+    if seq.derived is None:
+        return make()
+    if key not in seq.derived:
+        seq.derived[key] = make()
+    return seq.derived[key]
+
+
+def positions(seq: SequenceInfo, own: Places, before: Tensor | None) -> Tensor:
+    """Positions (B, T), or (1, T), by which tokens are rotated: by their distances as given, or
+    counted. The first real token of a call follows what is cached, at the position `before` (B,).
+    """
+    if seq.position_ids is None:
+        position, after = own.rank, before
+    else:
+        position = seq.position_ids
+        if seq.mask is None:
+            first = position[:, 0]
+        else:
+            first = position.gather(1, seq.mask.int().argmax(dim=1, keepdim=True))[:, 0]
+        after = -first if before is None else before - first
+    if after is None:
+        return position
+    if own.doc is None:
+        return position + after[:, None]
+    return position + torch.where(own.doc == 0, after[:, None], 0)
+
+
+def next_position(seq: SequenceInfo, position: Tensor, before: Tensor | None) -> Tensor:
+    """Positions (B, T) of what would follow each token; pads move nothing on."""
+    if seq.mask is None:
+        return position + 1
+    index = torch.arange(seq.mask.shape[1], device=seq.mask.device)
+    last = torch.where(seq.mask, index, -1).cummax(dim=1).values
+    following = position.expand(last.shape).gather(1, last.clamp(min=0)) + 1
+    return torch.where(last >= 0, following, 0 if before is None else before[:, None])
+
+
 def cached_numbers(seen: Tensor, slots: int) -> Tensor:
     """Numbers (B, S) of the tokens in a `KVLayer`'s slots after `seen` (B,) tokens."""
     last = seen[:, None] - 1
     token = last - (last - torch.arange(slots, device=seen.device)) % slots
     return token.masked_fill(token < 0, EMPTY)
+
+
+def latest(keys: Tensor, seen: Tensor, ring: int | None) -> Tensor:
+    """Slots (B, S') of the tokens last seen, the latest one last; rows that have seen `seen` (B,)
+    fewer begin with slots of no meaning.
+
+    Args:
+        keys: (B, S, G, d) of a `KVLayer`.
+        seen: tokens of each row.
+        ring: tokens that a query may see at most; None = all.
+    """
+    slots = keys.shape[1]
+    size = slots if ring is None else min(slots, ring)
+    return (seen[:, None] - size + torch.arange(size, device=seen.device)) % slots
 
 
 def first_true(flags: Tensor) -> Tensor:

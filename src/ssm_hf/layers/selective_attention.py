@@ -11,13 +11,7 @@ import torch
 from torch import Tensor
 
 from ssm_hf.cache import KVLayer, RecurrentCache, State
-from ssm_hf.layers.attention import (
-    SelfAttention,
-    next_position,
-    positions,
-    replay_counts,
-    shared_fact,
-)
+from ssm_hf.layers.attention import OWN_ATTENTION, SelfAttention, replay_counts
 from ssm_hf.layers.attention_mask import (
     EMPTY,
     Places,
@@ -25,6 +19,10 @@ from ssm_hf.layers.attention_mask import (
     cached_numbers,
     columns,
     first_true,
+    latest,
+    next_position,
+    positions,
+    shared_fact,
 )
 from ssm_hf.layers.mixer import recorded_mask
 from ssm_hf.layers.selection import Gate
@@ -90,7 +88,8 @@ class SelectiveAttention(SelfAttention):
         budget: with selected keys, how many are kept; the oldest leave first.
         combine: `"lerp"`, alpha (o - h), or `"residual"`, alpha o.
         dense: whether training computes the attention of tokens that are not selected, so that the
-            gate learns what it would have been. Selected keys then take T² bits a row.
+            gate learns what it would have been; not on top of a cache's content. Selected keys then
+            take T² bits a row.
         capacity: share of the tokens that is selected, for counting operations.
         options: as of `SelfAttention`. Flash attentions count keys by their places and cannot
             serve queries that are selected.
@@ -159,10 +158,12 @@ class SelectiveAttention(SelfAttention):
         batch, length, _ = x.shape
         gate = all_tokens(x, seq) if gate is None else gate
         stream = x if stream is None else stream
-        dense = self.training and self.dense and past_key_values is None
-        chosen = None if dense else choose(gate.selected)
-        of_selected = chosen is not None and self.budget is not None
-        given = chosen.take(x) if chosen and of_selected else x
+        begins = past_key_values is None or not past_key_values.layers[self.layer_idx].state
+        dense = self.training and self.dense and begins
+        chosen = None if dense and past_key_values is None else choose(gate.selected)
+        # Of which tokens there are keys: of all, or of the chosen ones.
+        keyed = None if dense or self.budget is None else chosen
+        given = x if keyed is None else keyed.take(x)
         k, v = self._heads(self.k_proj(given)), self._heads(self.v_proj(given))
         layer, state = self._layer(past_key_values, k)
 
@@ -172,11 +173,15 @@ class SelectiveAttention(SelfAttention):
         position = None
         if self.rotary_dim:
             position = positions(seq, own, state.get("position"))
-            k = self._rotated(k, chosen.take(position) if chosen and of_selected else position)
-        if chosen is None:
-            return self._combined(self._dense(x, k, v, seq, own, position, gate), stream, gate)
-        if layer is None or past_key_values is None:
-            return self._gathered(x, k, v, seq, own, position, gate, stream, chosen, {})
+            k = self._rotated(k, position if keyed is None else keyed.take(position))
+        update = None
+        if dense:
+            update = self._combined(self._dense(x, k, v, seq, own, position, gate), stream, gate)
+        if layer is None or past_key_values is None or chosen is None:
+            if update is None:
+                assert chosen is not None
+                update = self._gathered(x, k, v, seq, own, position, gate, stream, chosen, {})
+            return update
         assert isinstance(layer, KVLayer)
 
         new: State = {}
@@ -184,11 +189,11 @@ class SelectiveAttention(SelfAttention):
             new["position"] = next_position(seq, position, state.get("position"))
         if layer.record_past:
             inputs = {"mask": recorded_mask(seq, x)}
-            if of_selected:
+            if self.budget is not None:
                 inputs["selected"] = gate.selected
             if position is not None:
                 inputs["position"] = new["position"].expand(batch, length)
-            layer.record(_replay_selected if of_selected else replay_counts, inputs, {})
+            layer.record(replay_counts if self.budget is None else _replay_selected, inputs, {})
         if position is not None:
             new["position"] = new["position"][:, -1].expand(batch)
 
@@ -202,11 +207,13 @@ class SelectiveAttention(SelfAttention):
                 own = self._places(x, seq, counted)
             else:
                 self.begin(layer, batch, k.dtype, k.device)
-            update = self._gathered(x, k, v, seq, own, position, gate, stream, chosen, before)
-            if of_selected:
-                self._store_selected(layer, k, v, seq, own, chosen, seen)
-            else:
+            if update is None:
+                update = self._gathered(x, k, v, seq, own, position, gate, stream, chosen, before)
+            if self.budget is None:
                 self._store(layer, k, v, seq, own, seen)
+            else:
+                k, v = (t if keyed is not None else chosen.take(t) for t in (k, v))
+                self._store_selected(layer, k, v, seq, own, chosen, seen)
         layer.write(new)
         return update
 
@@ -326,7 +333,13 @@ class SelectiveAttention(SelfAttention):
             return y.masked_fill((low > high)[..., None, None], 0)
         if name == "eager":
             return interval_attention_definition(q, k, v, low, high, key_mask, self.scaling)
-        return interval_attention(q, k, v, low, high, key_mask=key_mask, scale=self.scaling)
+        return interval_attention(
+            q, k, v, low, high, key_mask=key_mask, scale=self.scaling, impl=self._impl()
+        )
+
+    def _impl(self) -> str:
+        """Our kernels where they can run, unless another implementation is stated."""
+        return "auto" if self._implementation() == OWN_ATTENTION else "reference"
 
     def _step(
         self,
@@ -368,6 +381,7 @@ class SelectiveAttention(SelfAttention):
             attend=selected,
             store=store,
             scale=self.scaling,
+            impl=self._impl(),
         )
         layer.write(new)
         return self._combined(self.o_proj(y.flatten(1)[:, None]), stream, gate)
@@ -427,11 +441,9 @@ class _Cached(NamedTuple):
 
     @classmethod
     def of(cls, state: State, ring: int | None) -> "_Cached":
-        slots = state["keys"].shape[1]
-        size = slots if ring is None else min(slots, ring)
-        length = state["length"][:, None]
-        number = length - size + torch.arange(size, device=length.device)
-        return cls(number % slots, number >= 0)
+        slot = latest(state["keys"], state["length"], ring)
+        before = slot.shape[1] - torch.arange(slot.shape[1], device=slot.device)
+        return cls(slot, state["length"][:, None] >= before)
 
     @property
     def size(self) -> int:

@@ -16,6 +16,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ssm_hf.cache import RecurrentCache
 from ssm_hf.generation import current_session
+from ssm_hf.layers.attention import OWN_ATTENTION
 from ssm_hf.layers.mixer import Sublayer, all_plain, has_own_forward, reset_linear
 from ssm_hf.layers.moe import take_routings
 from ssm_hf.layers.norm import RMSNorm
@@ -131,6 +132,14 @@ class SSMPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Linear) and module is self.get_output_embeddings():
             reset_linear(module, scheme, std)
 
+    def get_correct_attn_implementation(
+        self, requested_attention: str | None, is_init_check: bool = False
+    ) -> str:
+        """The implementation of attention: `ssm_hf` unless another one is stated."""
+        if self._supports_sdpa and requested_attention in (None, OWN_ATTENTION):
+            return OWN_ATTENTION
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
+
     @classmethod
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
         cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
@@ -191,11 +200,11 @@ class SSMPreTrainedModel(PreTrainedModel):
         Args:
             sequence_length: tokens per row, for layers whose cost grows with it.
         """
-        sublayers = sum(
-            m.flops_per_token(sequence_length) for m in self.modules() if isinstance(m, Sublayer)
-        )
+        sublayers = [m for m in self.modules() if isinstance(m, Sublayer)]
+        inner = {part for m in sublayers for part in m.modules() if part is not m}
+        flops = sum(m.flops_per_token(sequence_length) for m in sublayers if m not in inner)
         head = self.get_output_embeddings()
-        return sublayers + (0 if head is None else 2 * head.weight.numel())  # pyright: ignore[reportCallIssue, reportOperatorIssue, reportAttributeAccessIssue]
+        return flops + (0 if head is None else 2 * head.weight.numel())  # pyright: ignore[reportCallIssue, reportOperatorIssue, reportAttributeAccessIssue]
 
 
 class BackboneMixin:
