@@ -12,7 +12,7 @@ from eval.tasks.copying import (
     SelectiveCopy,
     StringCopy,
 )
-from eval.tasks.recall import MQAR, Needles
+from eval.tasks.recall import MQAR, Directory, Needles
 from eval.tasks.text import Encode, PhoneBook, TextCopy
 from eval.tasks.tracking import ModularArithmetic, Parity, WordProblem
 
@@ -37,6 +37,7 @@ TASKS: dict[str, type[Task]] = {
     "delay": Delay,
     "mqar": MQAR,
     "needles": Needles,
+    "directory": Directory,
     "parity": Parity,
     "word_problem": WordProblem,
     "modular_arithmetic": ModularArithmetic,

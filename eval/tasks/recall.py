@@ -1,6 +1,7 @@
-"""Associative recall: MQAR, and needles in a haystack of tokens.
+"""Associative recall: MQAR, needles in a haystack of tokens, and a directory.
 
-Sources: Arora et al. 2023 (Zoology), Dao and Gu 2024 (the hard setting of MQAR).
+Sources: Arora et al. 2023 (Zoology), Dao and Gu 2024 (the hard setting of MQAR), Jelassi et al.
+2024 (the phone book).
 """
 
 from dataclasses import dataclass
@@ -186,3 +187,78 @@ class Needles(Task):
         put(ids, lengths + 1, keys.gather(1, asked))
         put(labels, lengths + 2, values.gather(1, asked))
         return Samples(ids, labels, lengths + 3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Directory(Task):
+    """A phone book of tokens: `length` entries name number, a separator, and some of the names once
+    more, in random order, each followed by its number.
+
+    Names consist of letters and numbers of digits, tokens of their own; no two entries have one
+    name.
+
+    Args:
+        letters: size of their alphabet.
+        name: letters of a name.
+        number: digits of a number.
+        questions: names that are asked for.
+    """
+
+    letters: int = 26
+    name: int = 3
+    number: int = 4
+    questions: int = 1
+
+    def __post_init__(self) -> None:
+        for option in ("letters", "name", "number", "questions"):
+            value = getattr(self, option)
+            require(value >= 1, f"{option} must be 1 or more, got {value}")
+
+    @property
+    def vocab_size(self) -> int:
+        return _DIGIT + 10 + self.letters
+
+    @property
+    def choices(self) -> int:
+        return 10
+
+    @property
+    def minimum_length(self) -> int:
+        return self.questions
+
+    def check_length(self, length: int) -> None:
+        super().check_length(length)
+        require(
+            length <= self.letters**self.name,
+            f"Directory: {length} entries, but only {self.letters**self.name} names of {self.name} "
+            f"of {self.letters} letters",
+        )
+
+    def tokens(self, length: int) -> int:
+        return (length + self.questions) * (self.name + self.number) + 1
+
+    def draw(self, lengths: Tensor, generator: Generator) -> Samples:
+        rows, most = len(lengths), int(lengths.max())
+        codes = distinct(0, self.letters**self.name, rows, most, generator)
+        powers = self.letters ** torch.arange(self.name, device=lengths.device)
+        names = _DIGIT + 10 + codes[..., None] // powers % self.letters
+        numbers = uniform(_DIGIT, _DIGIT + 10, (rows, most, self.number), generator)
+        entries = torch.cat((names, numbers), dim=2)
+        asked = random_places(
+            lengths, torch.full_like(lengths, self.questions), self.questions, generator,
+            ordered=False,
+        )  # fmt: skip
+        answers = entries.gather(1, asked[..., None].expand(-1, -1, entries.shape[2]))
+        answered = answers.clone()
+        answered[..., : self.name] = IGNORED
+
+        ids, labels = empty(lengths, self.tokens(most))
+        end = lengths * entries.shape[2]
+        put(ids, torch.zeros_like(end), entries.flatten(1), end)
+        put_token(ids, end, _ASKED)
+        put(ids, end + 1, answers.flatten(1))
+        put(labels, end + 1, answered.flatten(1))
+        return Samples(ids, labels, end + 1 + answers.shape[1] * answers.shape[2])
+
+
+_ASKED, _DIGIT = 1, 2  # the separator of a directory, its first digit

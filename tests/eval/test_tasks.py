@@ -26,6 +26,8 @@ CASES = [
     ("mqar", {"vocabulary": 4096, "random_fillers": False}, "4"),
     ("needles", {"keys": 5, "vocabulary": 8}, "10-30"),
     ("needles", {"keys": 5, "fewest": 1, "vocabulary": 8}, "10-30"),
+    ("directory", {}, "1-12"),
+    ("directory", {"letters": 3, "name": 2, "number": 2, "questions": 3}, "3-9"),
     ("parity", {}, "1-20"),
     ("parity", {"running": False}, "1-20"),
     ("word_problem", {"name": "Z5"}, "1-20"),
@@ -103,6 +105,16 @@ def _needles(before, options):
     return before[before.index(before[-1]) + 1]
 
 
+def _directory(before, options):
+    name, size = options.get("name", 3), options.get("name", 3) + options.get("number", 4)
+    at = before.index(1)
+    book = {tuple(before[i : i + name]): before[i + name : i + size] for i in range(0, at, size)}
+    assert len(book) == at // size
+    said = before[at + 1 :]
+    begin = len(said) // size * size
+    return book[tuple(said[begin : begin + name])][len(said) - begin - name]
+
+
 def _word(before, options):
     elements = group(options.get("name", "Z2"))
     product = elements[0]
@@ -134,6 +146,7 @@ SOLVERS = {
     "delay": _delay,
     "mqar": _mqar,
     "needles": _needles,
+    "directory": _directory,
     "parity": _word,
     "word_problem": _word,
     "modular_arithmetic": _modular,
@@ -190,7 +203,8 @@ def test_a_seed_decides_everything(name, options, lengths) -> None:
 ASKED = [
     c
     for c in CASES
-    if c[0] not in ("string_copy", "ngram_lookup", "phone_book") and "inputs" not in c[1]
+    if c[0] not in ("string_copy", "ngram_lookup", "directory", "phone_book")
+    and "inputs" not in c[1]
 ]
 
 
@@ -450,6 +464,11 @@ def test_what_does_not_fit_is_refused() -> None:
     check_fits(copy, Lengths.parse("5-50"), 103)
     with pytest.raises(ValueError, match="below the smallest possible, 7"):
         make_task("ngram_lookup", {}).sample([6], seeded(0))
+    directory = make_task("directory", {"letters": 3, "name": 2, "questions": 2})
+    with pytest.raises(ValueError, match="10 entries, but only 9 names of 2 of 3 letters"):
+        directory.sample([10], seeded(0))
+    with pytest.raises(ValueError, match="below the smallest possible, 2"):
+        directory.sample([1], seeded(0))
     mqar = make_task("mqar", {"min_context": 16, "max_context": 16})
     with pytest.raises(ValueError, match="context is 16"):
         mqar.sample([5], seeded(0))
@@ -479,6 +498,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ("mqar", {"vocabulary": 2}, "4 or more"),
         ("mqar", {"power": 0.0}, "above 0"),
         ("needles", {"keys": 300}, "between 1 and"),
+        ("directory", {"number": 0}, "number must be 1 or more"),
         ("needles", {"keys": 3, "fewest": 4}, "between 0 and keys"),
         ("parity", {"name": "S3"}, "Z2"),
         ("word_problem", {"name": "Q8"}, "must be"),
