@@ -9,8 +9,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.models.auto import configuration_auto, modeling_auto
 
-from ssm_hf import HybridConfig, JambaConfig, Mamba2Config, Mamba3Config, MambaConfig
+from ssm_hf import (
+    HybridConfig,
+    JambaConfig,
+    Mamba2Config,
+    Mamba3Config,
+    MambaConfig,
+    TaipanConfig,
+)
 from ssm_hf.cache import KVLayer, RecurrentLayer
+from ssm_hf.layers.selection import SelectionGate
 
 _TINY = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 16}
 
@@ -18,7 +26,8 @@ _TINY = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "state_siz
 def tiny(model_type: str, **overrides: object) -> PreTrainedConfig:
     """A config of a few thousand parameters, with short chunks and several groups.
 
-    `"mamba3-mimo"` is Mamba-3 with two streams and a norm of the outputs.
+    `"mamba3-mimo"` is Mamba-3 with two streams and a norm of the outputs, `"taipan-selected"` is
+    Taipan with keys of selected tokens, and rotation.
     """
     if model_type == "mamba":
         return MambaConfig(**{**_TINY, "state_size": 4, **overrides})
@@ -50,6 +59,21 @@ def tiny(model_type: str, **overrides: object) -> PreTrainedConfig:
         given = {renamed.get(name, name): value for name, value in overrides.items()}
         sizes = {name: value for name, value in _TINY.items() if name != "state_size"}
         return JambaConfig(**{**sizes, **own, **given})
+    if model_type.startswith("taipan"):
+        # Noise and budget are functions of the batch, not of the tokens: switched off, so that
+        # what holds for every model can be said of this one too. At least one layer attends.
+        own = {"mamba_d_head": 8, "mamba_n_groups": 2, "mamba_chunk_size": 4, "mamba_d_state": 16,
+               "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+               "intermediate_size": 48, "sliding_window": 5, "gumbel_noise": 0.0,
+               "capacity_loss_coef": 0.0, "capacity_loss_coef_start": 0.0}  # fmt: skip
+        if model_type == "taipan-selected":
+            own |= {"sal_kv_source": "selected", "sal_kv_budget": 3, "use_rope": True}
+        renamed = {"state_size": "mamba_d_state", "use_bias": "mamba_proj_bias"}
+        given = {renamed.get(name, name): value for name, value in overrides.items()}
+        layers = max(given.pop("num_hidden_layers", 3), 2)
+        sizes = {"vocab_size": 96, "hidden_size": 32, "num_mamba_layers": layers - 1,
+                 "sal_period": layers - 1}  # fmt: skip
+        return TaipanConfig(**{**sizes, **own, **given})
     heads = {"num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 4}
     return Mamba2Config(**{**_TINY, **heads, **overrides})
 
@@ -64,7 +88,7 @@ class Names(NamedTuple):
 
 
 def names_of(model_type: str) -> Names:
-    if model_type == "jamba":
+    if model_type == "jamba" or model_type.startswith("taipan"):
         return Names("model", "embed_tokens", "final_layernorm", "mamba")
     return Names()
 
@@ -92,6 +116,17 @@ def randomize_(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
+@torch.no_grad()
+def decide_(model: nn.Module) -> nn.Module:
+    """Let gates select every token by far: where they choose between two level scores, a rounding
+    turns the choice, and another model runs."""
+    for module in model.modules():
+        if isinstance(module, SelectionGate):
+            module.weight.mul_(0.1)
+            module.bias.copy_(torch.tensor([-1.0, 1.0]))
+    return model
+
+
 def relative_error(value: Tensor, expected: Tensor) -> float:
     """‖value - expected‖ / ‖expected‖, absolute where nothing is expected."""
     wide = torch.complex128 if expected.is_complex() else torch.float64
@@ -103,11 +138,11 @@ def content(layer: RecurrentLayer) -> dict[str, Tensor]:
     """What a cache layer holds, the same for equal content: keys and values in order, by row."""
     if not isinstance(layer, KVLayer) or not layer.state:
         return layer.state
-    held = {name: t for name, t in layer.state.items() if name not in ("keys", "values")}
+    held = {name: t for name, t in layer.state.items() if name not in layer.slotted}
     for row, length in enumerate(layer.state["length"].tolist()):
         first = 0 if layer.window is None else max(length - layer.window, 0)
         slots = torch.arange(first, length) % layer.slots
-        for name in ("keys", "values"):
+        for name in layer.slotted:
             held[f"{name} of row {row}"] = layer.state[name][row, slots]
     return held
 

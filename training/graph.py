@@ -57,6 +57,10 @@ class GraphedPass:
         graph.replay()
         return figures.clone()
 
+    def forget(self) -> None:
+        """Capture anew at the next call."""
+        self._graphs, self._batch = {}, {}
+
     def gradients(self) -> list[Tensor]:
         """Those that the passes have formed."""
         return [p.grad for p in self._parameters if p.grad is not None]
@@ -82,12 +86,15 @@ class GraphedPass:
             with ssm_hf.compile_ahead():
                 self._run(self._batch, self._share)
             self._forget_gradients()
+            # A model may draw at random: it is to draw the same in the replay.
+            generator = torch.cuda.get_rng_state()
             expected = self._summary(self._run(self._batch, self._share))
         torch.cuda.current_stream().wait_stream(stream)
         self._forget_gradients()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # the graphs' memory comes on top of what these runs have left
         graph, figures = self._graphs[True] = self._captured()
+        torch.cuda.set_rng_state(generator)
         graph.replay()
         got = self._summary(figures)
         # Roundings to 8 bits, and sums whose order may differ.

@@ -93,13 +93,19 @@ def write_samples(
 def model_figures(output: Any) -> dict[str, Tensor]:
     """What a model's output says beside the loss, () each: of routers of experts their losses,
     before weights, and the loads of the most and the least used expert of any layer, 1 where all
-    are used evenly."""
-    figures = {name: getattr(output, name, None) for name in ("aux_loss", "z_loss")}
+    are used evenly; of gates of selective attention their loss, and the least, mean and largest
+    share of tokens that a layer selects."""
+    names = ("aux_loss", "z_loss", "capacity_loss")
+    figures = {name: getattr(output, name, None) for name in names}
     statistics = getattr(output, "router_statistics", None)
     if statistics is not None:
         load = statistics.load * statistics.load.shape[-1]
         figures |= {"expert_load_max": load.max(), "expert_load_min": load.min()}
         figures["router_entropy"] = statistics.entropy.mean()
+    shares = getattr(output, "gate_fractions", None)
+    if shares is not None:
+        figures |= {"gate_fraction": shares.mean(), "gate_fraction_min": shares.min(),
+                    "gate_fraction_max": shares.max()}  # fmt: skip
     return {name: value.detach() for name, value in figures.items() if value is not None}
 
 

@@ -325,6 +325,7 @@ def train(run: Run, batches: Iterator[Batch], state: TrainerState, meter: Meter)
         lr = config.optimizer.lr * factor
         for group in run.optimizer.param_groups:
             group["lr"] = lr
+        tell_progress(run, progress)
         result = train_step(run, batches)
         state.step += 1
         state.samples += config.batch_size
@@ -371,6 +372,15 @@ def shared_progress(run: Run, state: TrainerState) -> float:
         return progress
     clock = torch.tensor([progress], dtype=torch.float32, device=run.accelerator.device)
     return float(broadcast(clock))
+
+
+def tell_progress(run: Run, progress: float) -> None:
+    """Some models have schedules of their own, which go by the share of the run that is done."""
+    model = run.accelerator.unwrap_model(run.model, keep_torch_compile=False)
+    tell = getattr(model, "set_training_progress", None)
+    # Where the model now launches something else, what was captured is no longer its pass.
+    if tell is not None and tell(progress) and run.graphed is not None:
+        run.graphed.forget()
 
 
 def train_step(run: Run, batches: Iterator[Batch]) -> Tensor:

@@ -13,6 +13,8 @@ from ssm_hf.layers.mamba1 import Mamba1Mixer
 from ssm_hf.layers.mamba2 import Mamba2Mixer
 from ssm_hf.layers.mamba3 import Mamba3Mixer
 from ssm_hf.layers.mixer import Mixer
+from ssm_hf.layers.selection import SelectionGate
+from ssm_hf.layers.selective_attention import SelectiveAttention
 from ssm_hf.sequence import SequenceInfo
 from tests.helpers import content, randomize_, relative_error
 
@@ -63,6 +65,31 @@ def _fused_attention(**changes: object) -> Mixer:
     return FusedAttention(**{"conv_kernel": 0, "use_conv_bias": True, **_ATTENTION, **changes})
 
 
+class _Selective(SelectiveAttention):
+    """With a gate of its own, as a block has it."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__(**options)
+        self.gate = SelectionGate(hidden_size=D, inner_size=None, estimator="dense", threshold=0.0)
+
+    def forward(
+        self, x: Tensor, seq: SequenceInfo, past_key_values: RecurrentCache | None = None
+    ) -> Tensor:
+        return super().forward(x, seq, past_key_values, self.gate(x, seq.mask))
+
+
+_SELECTION = {"kv_source": "all", "window_unit": "position", "budget": None, "combine": "lerp",
+              "dense": True, "capacity": 0.5}  # fmt: skip
+
+
+def _selective(**changes: object) -> Mixer:
+    return _Selective(**{**_ATTENTION, **_SELECTION, **changes})
+
+
+def _selected(**changes: object) -> Mixer:
+    return _selective(**{"kv_source": "selected", "budget": 3, "combine": "residual", **changes})
+
+
 def _by(implementation: str) -> SimpleNamespace:
     return SimpleNamespace(_attn_implementation=implementation)
 
@@ -91,6 +118,12 @@ MIXERS: dict[str, Callable[[], Mixer]] = {
     "attention-window-1": lambda: _fused_attention(window=1, scaling=0.3),
     "attention-conv": lambda: _fused_attention(conv_kernel=4, rotary_dim=4),
     "attention-conv-window": lambda: _fused_attention(conv_kernel=2, window=5, use_bias=True),
+    "selective": _selective,
+    "selective-window": lambda: _selective(window=3, rotary_dim=4, combine="residual"),
+    "selective-eager": lambda: _selective(window=4, config=_by("eager")),
+    "selective-keys": _selected,
+    "selective-keys-window": lambda: _selected(window=4, rotary_dim=6, combine="lerp"),
+    "selective-keys-counted": lambda: _selected(window=2, window_unit="selected", budget=9),
 }
 # fp64 rounding; the laws are exact in real arithmetic.
 TOLERANCE = 1e-10
@@ -104,6 +137,8 @@ def mixer(request: pytest.FixtureRequest) -> Mixer:
 
 def _cache(mixer: Mixer, **options: int) -> RecurrentCache:
     kind = "full_attention" if isinstance(mixer, AttentionMixer) else "linear_attention"
+    if isinstance(mixer, SelectiveAttention) and mixer.budget is not None:
+        kind = "selected_attention"
     return RecurrentCache(SimpleNamespace(layer_types=[kind]), **options)
 
 
@@ -197,6 +232,8 @@ def test_mixer_leaks_nothing_from_the_future(mixer: Mixer) -> None:
     for t in (0, 4, 8):
         (grad,) = torch.autograd.grad(y[:, t].sum(), x, retain_graph=True)
         assert grad[:, t + 1 :].abs().max() == 0
+        if isinstance(mixer, SelectiveAttention):
+            continue  # what is seen of the past depends on what is selected
         first = t + 1 - reach
         assert grad[:, max(first, 0) : t + 1].abs().min() > 0
         assert not grad[:, : max(first, 0)].any()
@@ -240,8 +277,7 @@ def test_mixer_states_have_declared_shapes_and_stay_wide(mixer: Mixer) -> None:
     narrow = {"conv_state", "k_state", "v_state", "keys", "values"}
     dtypes = {
         **dict.fromkeys(narrow, torch.bfloat16),
-        "length": torch.int64,
-        "position": torch.int64,
+        **dict.fromkeys(("length", "position", "tokens", "places"), torch.int64),
     }
     for name, stored in _state(cache).items():
         assert stored.dtype == dtypes.get(name, torch.float32), name
@@ -333,7 +369,7 @@ def test_mixer_parameters_that_must_not_decay_exist(mixer: Mixer) -> None:
 
 
 def test_mixer_without_model_has_usable_initial_values() -> None:
-    for make in (_mamba1, _mamba2, _mamba3, _mamba3_mimo, _attention, _fused_attention):
+    for make in (_mamba1, _mamba2, _mamba3, _mamba3_mimo, _attention, _fused_attention, _selected):
         mixer = make()
         for name, p in mixer.named_parameters():
             assert torch.isfinite(p).all(), name

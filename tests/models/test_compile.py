@@ -16,8 +16,9 @@ from ssm_hf import (
     Mamba2ForCausalLM,
     Mamba3ForCausalLM,
     MambaForCausalLM,
+    TaipanForCausalLM,
 )
-from tests.helpers import kernel_device, randomize_, relative_error, tiny
+from tests.helpers import decide_, kernel_device, randomize_, relative_error, tiny
 
 CLASSES = {
     "mamba": MambaForCausalLM,
@@ -25,10 +26,12 @@ CLASSES = {
     "mamba3": Mamba3ForCausalLM,
     "mamba3-mimo": Mamba3ForCausalLM,
     "ssm_hybrid": HybridForCausalLM,
+    "taipan": TaipanForCausalLM,
+    "taipan-selected": TaipanForCausalLM,
     "jamba": JambaForCausalLM,
 }
 # As many as there are kinds of layers.
-LAYERS = {"ssm_hybrid": 3, "jamba": 2}
+LAYERS = {"ssm_hybrid": 3, "jamba": 2, "taipan": 2, "taipan-selected": 2}
 each_type = pytest.mark.parametrize("model_type", list(CLASSES))
 LENGTH = 9
 
@@ -60,6 +63,7 @@ def assert_compiled_equals_eager(
     layers = LAYERS.get(model_type, 1)
     model = randomize_(CLASSES[model_type](tiny(model_type, num_hidden_layers=layers))).to(device)
     ids = torch.randint(3, 96, (2, LENGTH), device=device)
+    model = decide_(model) if bf16 else model
     compiled = torch.compile(model.train(), fullgraph=True, backend=backend, dynamic=False)
     options |= {"bf16": bf16, **facts(kind)}
     with ssm_hf.implementation(impl):

@@ -13,16 +13,19 @@ from ssm_hf import (
     Mamba3ForCausalLM,
     MambaForCausalLM,
     RecurrentCache,
+    TaipanForCausalLM,
     byte_tokenizer,
 )
 from ssm_hf.cache import KVLayer
-from tests.helpers import randomize_, tiny
+from tests.helpers import decide_, randomize_, tiny
 
 CLASSES = {
     "mamba": MambaForCausalLM,
     "mamba2": Mamba2ForCausalLM,
     "mamba3": Mamba3ForCausalLM,
     "ssm_hybrid": HybridForCausalLM,
+    "taipan": TaipanForCausalLM,
+    "taipan-selected": TaipanForCausalLM,
     "mamba3-mimo": Mamba3ForCausalLM,
 }
 # The laws of mixers cover the rest of what several streams change.
@@ -37,7 +40,13 @@ def _model(model_type: str, seed: int = 0, **overrides: object) -> PreTrainedMod
     return model
 
 
-@pytest.fixture(params=[name for name in CLASSES if name != "mamba3-mimo"])
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=pytest.mark.slow if name == "taipan" else ())
+        for name in CLASSES
+        if name != "mamba3-mimo"
+    ]
+)
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     return _model(request.param)
 
@@ -213,7 +222,7 @@ def test_generate_from_inputs_embeds_equals_ids(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def test_generate_in_bfloat16_follows_its_own_whole_forward(model: PreTrainedModel) -> None:
-    model = model.bfloat16()
+    model = decide_(model).bfloat16()
     ids, mask = _left_padded([_ids(1, n)[0] for n in (10, 6)])
     out = model.generate(
         ids, attention_mask=mask, max_new_tokens=8, output_logits=True, return_dict_in_generate=True

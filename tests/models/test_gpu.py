@@ -13,8 +13,9 @@ from ssm_hf import (
     Mamba2ForCausalLM,
     Mamba3ForCausalLM,
     MambaForCausalLM,
+    TaipanForCausalLM,
 )
-from tests.helpers import randomize_, relative_error, tiny
+from tests.helpers import decide_, randomize_, relative_error, tiny
 from training.graph import GraphedPass
 
 pytestmark = [
@@ -27,6 +28,8 @@ CLASSES = {
     "mamba3": Mamba3ForCausalLM,
     "jamba": JambaForCausalLM,
     "ssm_hybrid": HybridForCausalLM,
+    "taipan": TaipanForCausalLM,
+    "taipan-selected": TaipanForCausalLM,
     "mamba3-mimo": Mamba3ForCausalLM,
 }
 
@@ -70,7 +73,7 @@ def test_generated_tokens_equal_the_cpus(pair) -> None:
 
 
 def test_bf16_autocast_trains_and_generates(pair) -> None:
-    _, on_gpu = pair
+    on_gpu = decide_(pair[1])
     ids = torch.randint(3, 96, (3, 50)).cuda()
     expected = on_gpu(ids, labels=ids).loss
     with torch.autocast("cuda", torch.bfloat16):
@@ -125,7 +128,7 @@ def test_training_pass_never_waits_for_the_gpu(pair, return_logits: bool) -> Non
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_replayed_pass_equals_the_eager_one(pair, checkpointed: bool) -> None:
-    _, model = pair
+    model = decide_(pair[1])
     graphed_model = copy.deepcopy(model).train()
     if checkpointed:
         enable = getattr(

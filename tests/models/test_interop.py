@@ -23,8 +23,10 @@ from ssm_hf import (
     Mamba3Model,
     MambaForCausalLM,
     MambaModel,
+    TaipanForCausalLM,
+    TaipanModel,
 )
-from tests.helpers import names_of, randomize_, relative_error, tiny
+from tests.helpers import decide_, names_of, randomize_, relative_error, tiny
 
 MODELS = {
     "mamba": MambaForCausalLM,
@@ -32,12 +34,14 @@ MODELS = {
     "mamba3": Mamba3ForCausalLM,
     "jamba": JambaForCausalLM,
     "ssm_hybrid": HybridForCausalLM,
+    "taipan": TaipanForCausalLM,
 }
 BACKBONES = {
     "mamba": MambaModel,
     "mamba2": Mamba2Model,
     "mamba3": Mamba3Model,
     "ssm_hybrid": HybridModel,
+    "taipan": TaipanModel,
     "jamba": JambaModel,
 }
 each_type = pytest.mark.parametrize(
@@ -376,7 +380,7 @@ def test_logits_to_keep_selects_logits_and_their_targets(
 @torch.no_grad()
 def test_cache_works_under_autocast(model_type: str) -> None:
     """Sampling from an fp32 model in the middle of mixed-precision training."""
-    model, ids = build(model_type), some_ids()
+    model, ids = decide_(build(model_type)), some_ids()
     exact = model(ids).logits
     with torch.autocast("cpu", dtype=torch.bfloat16):
         whole = model(ids).logits

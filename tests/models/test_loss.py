@@ -11,6 +11,7 @@ from ssm_hf import (
     Mamba2ForCausalLM,
     Mamba3ForCausalLM,
     MambaForCausalLM,
+    TaipanForCausalLM,
 )
 from tests.helpers import randomize_, relative_error, tiny
 
@@ -20,6 +21,7 @@ CLASSES = {
     "mamba3": Mamba3ForCausalLM,
     "jamba": JambaForCausalLM,
     "ssm_hybrid": HybridForCausalLM,
+    "taipan": TaipanForCausalLM,
 }
 # Both losses are formed in fp32, and sum in another order.
 TOLERANCE = 2e-6

@@ -11,6 +11,7 @@ from ssm_hf import (
     Mamba2ForCausalLM,
     Mamba3ForCausalLM,
     MambaForCausalLM,
+    TaipanForCausalLM,
 )
 from ssm_hf.models.backbone import shift_labels
 from ssm_hf.sequence import SequenceInfo
@@ -22,6 +23,8 @@ CLASSES = {
     "mamba3": Mamba3ForCausalLM,
     "jamba": JambaForCausalLM,
     "ssm_hybrid": HybridForCausalLM,
+    "taipan": TaipanForCausalLM,
+    "taipan-selected": TaipanForCausalLM,
 }
 LENGTHS = (5, 1, 9, 2)
 TOTAL = sum(LENGTHS)

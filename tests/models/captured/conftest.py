@@ -17,7 +17,7 @@ def _captures_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(
     params=[
-        pytest.param(name, marks=pytest.mark.slow if name == "ssm_hybrid" else ())
+        pytest.param(name, marks=() if name.startswith("mamba") else pytest.mark.slow)
         for name in CLASSES
     ]
 )

@@ -13,9 +13,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from ssm_hf import HybridForCausalLM, Mamba2ForCausalLM, Mamba3ForCausalLM, MambaForCausalLM
+from ssm_hf import (
+    HybridForCausalLM,
+    Mamba2ForCausalLM,
+    Mamba3ForCausalLM,
+    MambaForCausalLM,
+    TaipanForCausalLM,
+)
 from ssm_hf.generation import graphs, session
 from ssm_hf.generation.graphs import graphs_of
+from ssm_hf.layers import selective_attention
 from tests.helpers import kernel_device, randomize_, tiny
 
 CLASSES = {
@@ -23,6 +30,8 @@ CLASSES = {
     "mamba2": Mamba2ForCausalLM,
     "mamba3": Mamba3ForCausalLM,
     "ssm_hybrid": HybridForCausalLM,
+    "taipan": TaipanForCausalLM,
+    "taipan-selected": TaipanForCausalLM,
 }
 DEVICE = kernel_device()
 gpu = [
@@ -128,3 +137,5 @@ def capture_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "capture", Repeated)
     monkeypatch.setattr(graphs, "_memory", lambda device: 1 << 30)
     monkeypatch.setattr(graphs.torch.cuda, "graph_pool_handle", lambda: None)
+    # As where a capture is made: how many tokens are selected is not known on the host.
+    monkeypatch.setattr(selective_attention, "host_may_read", lambda values: False)

@@ -207,6 +207,6 @@ def test_generation_in_inference_mode_and_outside(model: PreTrainedModel) -> Non
 
 @torch.no_grad()
 def test_logits_that_are_not_numbers_are_an_error(model: PreTrainedModel) -> None:
-    model.backbone.norm_f.weight.fill_(float("nan"))
+    model.base_model._parts()[2].weight.fill_(float("nan"))
     with pytest.raises(RuntimeError, match="inf or nan"):
         generate(model, random_ids(1, 4), do_sample=True, max_new_tokens=5)

@@ -149,19 +149,28 @@ class TaipanPreTrainedModel(SSMPreTrainedModel):
         if isinstance(module, TaipanModel):
             init.zeros_(module.progress)
 
-    def set_training_progress(self, progress: float) -> None:
+    def set_training_progress(self, progress: float) -> bool:
         """Say which share of the training is done: schedules of gates and budget go by it.
 
         Args:
             progress: in [0, 1]; 0 until this is called.
+
+        Returns:
+            Whether training passes are other ones from now on, so that captured ones are not valid.
+
+        Raises:
+            ValueError: it is not a share.
         """
         if not 0 <= progress <= 1:
             raise ValueError(f"progress must lie in [0, 1], got {progress}")
         stack: Any = self.base_model
         stack.progress.fill_(progress)
+        dense, changed = _is_dense(self.config, progress), False
         for block in stack.layers:
             if block.is_attention:
-                block.self_attn.dense = _is_dense(self.config, progress)
+                changed |= block.self_attn.dense != dense
+                block.self_attn.dense = dense
+        return changed
 
 
 class TaipanModel(BackboneMixin, TaipanPreTrainedModel):
