@@ -99,6 +99,16 @@ def test_kernels_read_weights_by_descriptors(gated: bool, monkeypatch: pytest.Mo
     assert any(found)
 
 
+def test_compiling_ahead_tells_descriptors_apart() -> None:
+    """By what decides the machine code, not by whose matrices they describe."""
+    seen = importlib.import_module("ssm_hf.ops.kernels_ahead")._seen_by_compiler
+    described = importlib.import_module("ssm_hf.ops.moe.kernels").described
+    one, same = (torch.empty(n, 32, 64, dtype=torch.float16, device=DEVICE) for n in (2, 5))
+    assert seen(described(one, [32, 64])) == seen(described(same, [32, 64]))
+    others = [described(one, [16, 64]), described(one.bfloat16(), [32, 64])]
+    assert len({seen(described(one, [32, 64])), *map(seen, others)}) == 3
+
+
 def test_kernels_form_products_in_bf16_from_wide_weights() -> None:
     leaves, experts = _draw(9, 3, 2)
     y = moe_experts(**leaves, experts=experts, dtype=torch.bfloat16, impl="triton")

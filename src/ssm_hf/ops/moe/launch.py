@@ -446,18 +446,11 @@ _forward.register_autograd(_gradients, setup_context=_setup)
 
 
 def experts_triton(
-    x: Tensor,
-    experts: Tensor,
-    weights: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    activation: str,
-    gated: bool,
-    dtype: torch.dtype,
+    x: Tensor, experts: Tensor, weights: Tensor, w_in: Tensor, w_out: Tensor, *how: Any
 ) -> Tensor:
     """As `experts_torch`, in grouped products whose programs find their experts on the device."""
     check_tensors(
         "moe_experts", KERNEL_DTYPES, x=x, experts=experts, weights=weights, w_in=w_in, w_out=w_out
     )
     keep = needs_gradients(x, weights, w_in, w_out)
-    return call(_forward, x, experts, weights, w_in, w_out, activation, gated, dtype, keep)[0]
+    return call(_forward, x, experts, weights, w_in, w_out, *how, keep)[0]
