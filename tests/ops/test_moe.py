@@ -208,7 +208,7 @@ LOADS = {
     "one token": lambda e: e[:1],
     "no token at some": lambda e: e % 2,
     "all at one": lambda e: torch.full_like(e, 3),
-    "pads": lambda e: e.masked_fill((torch.arange(len(e)) % 3 == 1)[:, None], 5),
+    "pads": lambda e: e.masked_fill((torch.arange(len(e), device=e.device) % 3 == 1)[:, None], 5),
     "pads alone": lambda e: torch.full_like(e, 5),
     "twice the same": lambda e: e[:, :1].expand_as(e),
 }
