@@ -81,22 +81,36 @@ def test_kernels_bear_all_tokens_at_one_expert() -> None:
 # Rows of pads hold what was in memory; products of theirs are not stored.
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "ungated"])
-def test_kernels_read_weights_by_descriptors(gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_read_weights_by_descriptors(
+    gated: bool, offset: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where their addresses allow it."""
     tuned = launch.tuned
-    found = []
+    made = []
 
-    def described(kernel: str, *rest: Any) -> dict[str, Any]:
+    def wanted(kernel: str, *rest: Any) -> dict[str, Any]:
         options = tuned(kernel, *rest)
-        found.append("DESCRIBED" in options)
         return {**options, "DESCRIBED": 1} if "DESCRIBED" in options else options
 
-    monkeypatch.setattr(launch, "tuned", described)
-    leaves, experts = _draw(20, 2, 2, size=64, inner=40, out=32, gated=gated, dtype=torch.float16)
+    def described(matrices: Tensor, block: list[int]) -> Any:
+        made.append(matrices.data_ptr() % 16)
+        return describe(matrices, block)
+
+    describe = launch.described
+    monkeypatch.setattr(launch, "tuned", wanted)
+    monkeypatch.setattr(launch, "described", described)
+    sizes = dict.fromkeys(("size", "inner", "out"), 128 if DEVICE.type == "cuda" else 32)
+    leaves, experts = _draw(20, 2, 2, **sizes, gated=gated, dtype=torch.float16)
+    for name in ("w_in", "w_out"):  # as views of one flat tensor
+        flat = torch.cat((leaves[name].new_zeros(offset), leaves[name].detach().flatten()))
+        leaves[name] = flat[offset:].view(leaves[name].shape).requires_grad_()
     experts[::5] = 2
     # 11 bits of the inputs, the hidden layer and the output
     assert_same(leaves, experts, 2**-9, gated=gated, impl="triton")
-    assert any(found)
+    # Each product but those of the weights' gradients has one of weights; two sorted rows as well.
+    assert made == ([] if offset else [0] * 6)
 
 
 def test_compiling_ahead_tells_descriptors_apart() -> None:

@@ -91,9 +91,11 @@ class _Products(NamedTuple):
     activation: str
     gated: bool
 
-    def options(self, kernel: str, size_k: int | None, size_n: int) -> dict[str, Any]:
+    def options(
+        self, kernel: str, size_k: int | None, size_n: int, *matrices: Tensor
+    ) -> dict[str, Any]:
         """Tuned options and constants of a kernel whose products go over size_k and have size_n
-        columns."""
+        columns; `matrices` are what it could read by descriptors."""
         few = self.slots <= _FEW_ROWS * self.num_experts
         size = "wide" if self.dtype == torch.float32 else "few" if few else "default"
         options: dict[str, Any] = dict(tuned(kernel, size, self.device))
@@ -103,12 +105,14 @@ class _Products(NamedTuple):
         options["EVEN_N"] = size_n % options["BLOCK_N"] == 0
         if size_k is not None:
             options["EVEN_K"] = size_k % options["BLOCK_K"] == 0
-            # Blocks behind an expert's last column would reach into the next expert's rows.
+            # Blocks behind an expert's last column would reach into the next expert's rows; and
+            # descriptors want addresses and rows in multiples of 16 bytes.
             options["DESCRIBED"] = (
                 bool(options.get("DESCRIBED"))
                 and options["EVEN_K"]
                 and self.dtype != torch.float32
                 and size_n * self.dtype.itemsize % 16 == 0
+                and all(m.data_ptr() % 16 == 0 for m in matrices)
             )
         block_e = _power(self.num_experts, 16)
         return {
@@ -137,7 +141,7 @@ def _multiply_rows(
     """a (S, K) sorted times the experts' w, summed over each token's slots: (N, columns)."""
     columns = w.shape[1] if transposed else w.shape[2]
     out = a.new_empty(p.slots, columns)
-    options = p.options("moe_rows", a.shape[1], columns)
+    options = p.options("moe_rows", a.shape[1], columns, a, w)
     tiles_n = -(-columns // options["BLOCK_N"])
     block_m, block_n, block_k = (options[f"BLOCK_{axis}"] for axis in "MNK")
     rows_in, w_in = a, w
@@ -233,7 +237,7 @@ def _forward(
         where = _sort(experts, p.num_experts)
         inner, size = w_out.shape[2], x.shape[1]
         h = x.new_empty(p.slots, inner)
-        options = p.options("moe_in", size, inner)
+        options = p.options("moe_in", size, inner, w_in)
         tiles_n = -(-inner // options["BLOCK_N"])
         block = [options["BLOCK_N"], options["BLOCK_K"]]
         _in_kernel[(p.tiles(options["BLOCK_M"]) * tiles_n,)](
@@ -326,7 +330,7 @@ def _backward(
     where = _Sorted(order, totals)
     inner, size = w_out.shape[2], w_out.shape[1]
     with on_device(x):
-        options = p.options("moe_hidden_bwd", size, inner)
+        options = p.options("moe_hidden_bwd", size, inner, w_out)
         tiles_n = -(-inner // options["BLOCK_N"])
         dpre, h = torch.empty_like(pre), pre.new_empty(p.slots, inner)
         # Slots of no expert are written by nobody.
