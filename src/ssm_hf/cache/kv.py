@@ -81,10 +81,10 @@ class KVLayer(RecurrentLayer):
             tokens: of the next call.
             seen: columns before it, as far as the caller knows.
         """
-        recorded = self.record_window if self._columns == 0 else max(self.record_window, tokens)
-        self._columns = max(self._columns, seen) + tokens
         if not self.grows:
             return
+        recorded = self.record_window if self._columns == 0 else max(self.record_window, tokens)
+        self._columns = max(self._columns, seen) + tokens
         limit = self.window
         if limit is not None and self.record_past:
             limit += 2 * recorded  # `record` never keeps more
