@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     log = RunLog(run_dir / "log.jsonl", accelerator, resumes=checkpoint is not None)
     log.write("start" if checkpoint is None else "resume", state.step, data=identity)
     figures: list[str] = []
-    run_pass = forward_backward(accelerator, model, figures)
+    run_pass = forward_backward(accelerator, model, figures, config.model.keep_activations)
     graphed = GraphedPass(run_pass, model.parameters()) if execution == "graph" else None
     log.say(
         f"{config.run_dir}: {type(accelerator.unwrap_model(model)).__name__} of "
@@ -417,7 +417,9 @@ def train_step(run: Run, batches: Iterator[Batch]) -> Tensor:
     return result
 
 
-def forward_backward(accelerator: Accelerator, model: nn.Module, figures: list[str]) -> Pass:
+def forward_backward(
+    accelerator: Accelerator, model: nn.Module, figures: list[str], keep_activations: bool
+) -> Pass:
     """The pass over one micro-batch: adds its share of the step's gradient, returns that of the
     loss and of other figures, whose names it writes into `figures`. The factor undoes the averages
     over micro-batches and processes."""
@@ -425,8 +427,10 @@ def forward_backward(accelerator: Accelerator, model: nn.Module, figures: list[s
     options = loss_options(accelerator.unwrap_model(model, keep_torch_compile=False))
 
     def run(batch: Batch, share: Tensor) -> Tensor:
-        output = model(**batch, **options)
-        accelerator.backward(output.loss * (share * undo_mean))
+        # Around both: gradient checkpointing runs a part of the forward pass once more.
+        with ssm_hf.keep_activations(keep_activations):
+            output = model(**batch, **options)
+            accelerator.backward(output.loss * (share * undo_mean))
         values = {"loss": output.loss, **model_figures(output)}
         figures[:] = values
         return torch.stack([value.detach().float() for value in values.values()]) * share

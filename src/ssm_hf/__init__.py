@@ -17,6 +17,7 @@ from ssm_hf.ops import (
     compile_ahead,
     implementation,
     implementations,
+    keep_activations,
     print_implementations,
 )
 from ssm_hf.sequence import SequenceInfo
@@ -53,6 +54,7 @@ __all__ = [
     "expand_pattern",
     "implementation",
     "implementations",
+    "keep_activations",
     "print_implementations",
     "register",
 ]

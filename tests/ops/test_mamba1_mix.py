@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ssm_hf.ops.dispatch import keep_activations
 from ssm_hf.ops.mamba1_mix import mamba1_mix
 from ssm_hf.ops.packing import document_numbers
 from tests.helpers import kernel_device, relative_error
@@ -67,6 +68,14 @@ def test_kernels_equal_the_operators_one_after_another(
         assert got[name].shape == right.shape, name
         # fp32 rounding
         assert relative_error(got[name], right) < 2e-6, name
+
+
+def test_what_is_kept_changes_no_gradient() -> None:
+    leaves = _leaves()
+    formed = _outputs(leaves, torch.float32, "triton")
+    with keep_activations():
+        kept = _outputs(leaves, torch.float32, "triton")
+    assert all(torch.equal(kept[name], formed[name]) for name in formed)
 
 
 def test_frozen_weights_get_no_gradient() -> None:

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from ssm_hf.ops.dispatch import keep_activations
 from ssm_hf.ops.mamba2_mix import mamba2_mix
 from ssm_hf.ops.packing import document_numbers
+from ssm_hf.ops.product import empty_rows
 from tests.helpers import kernel_device, relative_error
 
 DEVICE = kernel_device()
@@ -89,6 +91,33 @@ def test_kernels_equal_the_operators_one_after_another(
         tolerance = 5e-5 if name in ("A", "dt_bias") else 2e-6
         assert got[name].shape == right.shape, name
         assert relative_error(got[name], right) < tolerance, name
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n == "whole" else pytest.mark.slow) for n in SHAPES]
+)
+def test_neither_what_is_kept_nor_rows_on_cache_lines_change_a_gradient(name: str) -> None:
+    shape, options = SHAPES[name]
+    leaves = _leaves(**shape)
+    proj = leaves["proj"]
+    assert proj is not None
+    # The projection in 16 bits, as under autocast, so that the output projection's weight is cast.
+    leaves["proj"] = proj.bfloat16()
+    options = {"n_groups": shape.get("groups", 1), **options}
+
+    def gradients(proj: Tensor) -> list[Tensor]:
+        given = {n: None if t is None else t.clone().requires_grad_() for n, t in leaves.items()}
+        given["proj"] = proj
+        y = mamba2_mix(**given, **options, impl="triton")  # pyright: ignore[reportArgumentType]
+        present = [t for t in given.values() if t is not None]
+        return list(torch.autograd.grad(y.float().square().sum(), present))
+
+    right = gradients(proj.bfloat16().requires_grad_())
+    rows = empty_rows(proj, *proj.shape, dtype=torch.bfloat16).copy_(proj)
+    assert not rows.is_contiguous()
+    with keep_activations():
+        got = gradients(rows.requires_grad_())
+    assert all(torch.equal(a, b) for a, b in zip(got, right, strict=True))
 
 
 def test_frozen_weights_get_no_gradient() -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ssm_hf.ops.dispatch import keep_activations
 from ssm_hf.ops.norm_proj import norm_proj
 from tests.helpers import kernel_device, relative_error
 
@@ -66,11 +67,31 @@ def test_a_stream_wider_than_the_sublayers_has_gradients_of_its_own_dtype() -> N
         assert t.grad.dtype == t.dtype, name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_kept_changes_no_gradient(dtype: torch.dtype) -> None:
+    def gradients(keep: bool) -> list[Tensor]:
+        given = {name: t.clone().requires_grad_() for name, t in leaves.items()}
+        with keep_activations(keep):
+            y, total = norm_proj(**given, eps=1e-5, dtype=dtype, impl="triton")  # pyright: ignore[reportArgumentType]
+        return list(torch.autograd.grad(y.float().square().sum() + total.sum(), given.values()))
+
+    leaves = {name: t for name, t in _leaves(True, True).items() if t is not None}
+    for kept, formed in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(kept, formed)
+
+
+def test_rows_begin_on_cache_lines() -> None:
+    leaves = _leaves(True, True)
+    y, _ = norm_proj(**leaves, eps=1e-5, dtype=torch.float32, impl="triton")  # pyright: ignore[reportArgumentType]
+    assert y.shape == (*SHAPE[:-1], OUT)
+    assert y.stride() == (64 * SHAPE[1], 64, 1)
+
+
 def test_only_the_stream_is_kept_and_frozen_weights_get_no_gradient() -> None:
     kept: list[int] = []
 
     def keep(t: Tensor) -> Tensor:
-        kept.append(t.numel())
+        kept.extend([t.numel()] if t.numel() else [])
         return t
 
     leaves = {name: t for name, t in _leaves(True, False).items() if t is not None}

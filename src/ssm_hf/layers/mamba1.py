@@ -210,7 +210,7 @@ class Mamba1Mixer(Mixer):
         whole = all_plain(out) and linear_dtype(out.weight) == proj.dtype
         mixed = mamba1_mix(
             proj,
-            conv.weight[:, 0],
+            conv.weight.squeeze(1),
             conv.bias,
             self.x_proj.weight,
             self.dt_proj.weight,

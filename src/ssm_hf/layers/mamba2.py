@@ -225,7 +225,7 @@ class Mamba2Mixer(Mixer):
         whole = all_plain(out) and linear_dtype(out.weight) == proj.dtype
         mixed = mamba2_mix(
             proj,
-            conv.weight[:, 0],
+            conv.weight.squeeze(1),
             conv.bias,
             -torch.exp(self.A_log.to(compute_dtype(self.A_log))),
             self._skip(),

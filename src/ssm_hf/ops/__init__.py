@@ -9,6 +9,7 @@ from ssm_hf.ops.dispatch import (
     ImplementationUnavailableError,
     implementation,
     implementations,
+    keep_activations,
     print_implementations,
 )
 from ssm_hf.ops.linear_scan import linear_scan
@@ -31,6 +32,7 @@ __all__ = [
     "compile_ahead",
     "implementation",
     "implementations",
+    "keep_activations",
     "linear_cross_entropy",
     "linear_scan",
     "mamba3_scan",

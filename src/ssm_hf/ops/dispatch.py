@@ -35,7 +35,7 @@ OPERATORS = (
 
 logger = logging.getLogger("ssm_hf")
 _forced: list[Impl] = []
-_kept: list[int] = []
+_keeping: list[bool] = []
 _told: set[str] = set()
 _Run = TypeVar("_Run", bound=Callable[..., object])
 
@@ -155,23 +155,21 @@ def implementation(impl: Impl) -> Generator[None, None, None]:
         _forced.pop()
 
 
-def keeps_activations() -> int:
-    """What operators keep for their backward pass beside what they must; see `keep_activations`."""
-    return _kept[-1] if _kept else 0
+def keeps_activations() -> bool:
+    """Whether training operators keep what they could form again; see `keep_activations`."""
+    return bool(_keeping) and _keeping[-1]
 
 
 @contextmanager
-def keep_activations(keep: int = 7) -> Generator[None, None, None]:
-    """Within the block, training operators keep what else they would form again in the backward
-    pass: faster by a few percent, with about twice the memory for activations.
-
-    Of what is kept, 1 stands for weights in 16 bits, 2 for convolutions, 4 for norms.
-    """
-    _kept.append(keep)
+def keep_activations(keep: bool = True) -> Generator[None, None, None]:
+    """Within the block, training operators keep for their backward pass what else they would form
+    again in it (norms, convolutions, step sizes, weights in 16 bits): a few percent faster, for
+    half as much memory again. Forward and backward pass both belong into the block."""
+    _keeping.append(keep)
     try:
         yield
     finally:
-        _kept.pop()
+        _keeping.pop()
 
 
 def implementations(device: torch.device | str | None = None) -> dict[str, tuple[str, str]]:

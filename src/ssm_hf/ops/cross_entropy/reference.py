@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssm_hf.ops.packing import backward_in_given_precision, compute_dtype
+from ssm_hf.ops.product import product_into
 
 # Bytes of logits that exist at a time. The weight's gradient is read and written once a chunk, so
 # fewer and larger chunks are faster.
-CHUNK_BYTES = 400 << 20
+CHUNK_BYTES = 560 << 20
 # Chunks hold multiples of so many tokens, a tile of the matrix product.
 TILE = 64
 # Products of 16-bit matrices with a sum in fp32 came with torch 2.8, for NVIDIA's GPUs.
@@ -91,7 +92,9 @@ def loss_and_gradients(
     tokens = rows.shape[0]
     narrow, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
     dhidden = rows.new_empty(rows.shape if wanted.hidden else (0,))
-    dweight = rows.new_zeros(weight.shape if wanted.weight else (0,), dtype=wide)
+    dweight = rows.new_empty(weight.shape if wanted.weight else (0,), dtype=wide)
+    if tokens == 0:
+        dweight.zero_()
     dbias = rows.new_zeros((vocabulary,) if wanted.bias else (0,), dtype=wide)
     losses = rows.new_empty(tokens, dtype=wide)
 
@@ -106,7 +109,7 @@ def loss_and_gradients(
         if wanted.hidden:
             dhidden[chunk] = logits @ narrow
         if wanted.weight:
-            _add_product(dweight, logits.t(), h)
+            (_add_product if start else product_into)(dweight, logits.t(), h)
         if wanted.bias:
             dbias += logits.sum(dim=0, dtype=wide)
         # The next chunk's take their place.

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssm_hf.ops.causal_conv1d import launch as conv
+from ssm_hf.ops.dispatch import keeps_activations
 from ssm_hf.ops.launch import KERNEL_DTYPES, check_tensors
 from ssm_hf.ops.product import product_into
 from ssm_hf.ops.selective_scan import launch as scan
@@ -49,19 +50,22 @@ def _forward(
     order: Tensor | None,
     counts: Tensor | None,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The result; what the inner projection gave; what the scan gave (empty: that is the result);
-    and with `save` the scan's states."""
+    with `save` the scan's states; with `keep` what the convolution gave and dt (else empty)."""
     hidden, z = proj.chunk(2, dim=-1)
     x = _convolved(hidden, conv_weight, conv_bias, doc, order, counts)
     inner_proj = F.linear(x, x_weight.to(x.dtype))
     low, B, C = _split(inner_proj, dt_weight.shape[1])
     dt = F.linear(low, dt_weight.to(x.dtype))
     y, _, states = scan._forward(x, dt, A, B, C, D, z, dt_bias, None, doc, None, mask, *_STEP, save)
+    if not keep:
+        x, dt = y.new_empty(0), y.new_empty(0)
     if out_weight is None:
-        return y, inner_proj, y.new_empty(0), states
+        return y, inner_proj, y.new_empty(0), states, x, dt
     bias = None if out_bias is None else out_bias.to(y.dtype)
-    return F.linear(y, out_weight.to(y.dtype), bias), inner_proj, y, states
+    return F.linear(y, out_weight.to(y.dtype), bias), inner_proj, y, states, x, dt
 
 
 @_forward.register_fake
@@ -81,13 +85,15 @@ def _(
     order: Tensor | None,
     counts: Tensor | None,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, inner = proj.shape[:2], A.shape[0]
     y, _, states = scan._outputs(proj.new_empty(*rows, inner), A, None, save)
     inner_proj = proj.new_empty(*rows, x_weight.shape[0])
+    x, dt = (proj.new_empty((*rows, inner) if keep else (0,)) for _ in range(2))
     if out_weight is None:
-        return y, inner_proj, y.new_empty(0), states
-    return proj.new_empty(*rows, out_weight.shape[0]), inner_proj, y, states
+        return y, inner_proj, y.new_empty(0), states, x, dt
+    return proj.new_empty(*rows, out_weight.shape[0]), inner_proj, y, states, x, dt
 
 
 @torch.library.custom_op("ssm_hf::mamba1_mix_bwd", mutates_args=())
@@ -96,6 +102,8 @@ def _backward(
     inner_proj: Tensor,
     y: Tensor,
     states: Tensor,
+    x: Tensor,
+    dt: Tensor,
     proj: Tensor,
     conv_weight: Tensor,
     conv_bias: Tensor | None,
@@ -129,9 +137,11 @@ def _backward(
         if out_bias is not None:
             grads[9].copy_(rows.sum(dim=0, dtype=torch.float32))
 
-    x = _convolved(hidden, conv_weight, conv_bias, doc, order, counts)
+    if not x.numel():
+        x = _convolved(hidden, conv_weight, conv_bias, doc, order, counts)
     low, B, C = _split(inner_proj, rank)
-    dt = F.linear(low, dt_weight.to(x.dtype))
+    if not dt.numel():
+        dt = F.linear(low, dt_weight.to(x.dtype))
     dx, ddt, dA, dB, dC, dD, dgate, dbias, _ = scan._backward(
         dy, None, x, dt, A, B, C, D, z, dt_bias, None, doc, None, mask, states, *_STEP
     )
@@ -167,8 +177,8 @@ def _empty_grads(given: tuple[Tensor | None, ...], out_grad: bool) -> list[Tenso
 
 
 @_backward.register_fake
-def _(dout: Tensor, inner_proj: Tensor, y: Tensor, states: Tensor, *inputs: Any) -> list[Tensor]:
-    return _empty_grads(inputs[:10], inputs[-1])
+def _(dout: Tensor, *inputs: Any) -> list[Tensor]:
+    return _empty_grads(inputs[5:15], inputs[-1])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -179,10 +189,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _gradients(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Any, ...]:
     if dout is None:
-        return (None,) * 15
+        return (None,) * 16
     grads = _backward(dout, *ctx.saved_tensors, any(ctx.needs_input_grad[8:10]))
     wanted = zip(grads, ctx.needs_input_grad, strict=False)
-    return (*(grad if needed else None for grad, needed in wanted), *(None,) * 5)
+    return (*(grad if needed else None for grad, needed in wanted), *(None,) * 6)
 
 
 _forward.register_autograd(_gradients, setup_context=_setup)
@@ -224,4 +234,5 @@ def mamba1_mix_triton(
     if mask is not None and order is None:
         order, counts = conv.real_first_triton(mask)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    return _forward(proj.contiguous(), *inputs[1:], seq_idx, mask, order, counts, save)[0]
+    options = order, counts, save, keeps_activations()
+    return _forward(proj.contiguous(), *inputs[1:], seq_idx, mask, *options)[0]

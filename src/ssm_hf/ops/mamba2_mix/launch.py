@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssm_hf.ops.causal_conv1d import launch as conv
+from ssm_hf.ops.dispatch import keeps_activations
 from ssm_hf.ops.launch import KERNEL_DTYPES, check_tensors
-from ssm_hf.ops.product import product_into
+from ssm_hf.ops.product import empty_rows, product_into
 from ssm_hf.ops.rms_norm import launch as norm
 from ssm_hf.ops.ssd import launch as scan
 
@@ -66,8 +67,11 @@ def _forward(
     dt_max: float,
     eps: float,
     norm_before_gate: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The result; what the scan gave (B, T, H, P); that before its gate; the norm's 1/rms."""
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The result; what the scan gave (B, T, H, P); that before its gate; the norm's 1/rms; with
+    `keep` what the convolution gave, the norm, and the output projection's weight in proj's dtype,
+    where these are tensors of their own (else empty)."""
     heads = dt_bias.shape[0]
     parts = _split(proj, conv_weight, dt_bias)
     z, inner = parts.z, parts.z.shape[-1]
@@ -77,6 +81,9 @@ def _forward(
     y, _, ungated = scan._forward(
         x, parts.dt, A, B, C, D, gate, dt_bias, None, doc, None, mask, True, dt_min, dt_max
     )
+    kept_conv, normed, kept_weight = (y.new_empty(0) for _ in range(3))
+    if keep:
+        kept_conv = conv_out
     del conv_out, x, B, C
     mixed, scale = y.flatten(2), y.new_empty(0, dtype=torch.float32)
     if norm_weight is not None:
@@ -84,11 +91,15 @@ def _forward(
             mixed, None, z, norm_weight, eps, inner // groups, norm_before_gate, y.dtype
         )
     if out_weight is not None:
-        bias = None if out_bias is None else out_bias.to(mixed.dtype)
-        mixed = F.linear(mixed, out_weight.to(mixed.dtype), bias)
+        narrow = out_weight.to(mixed.dtype)
+        if keep and norm_weight is not None:
+            normed = mixed
+        if keep and out_weight.dtype != mixed.dtype:
+            kept_weight = narrow
+        mixed = F.linear(mixed, narrow, None if out_bias is None else out_bias.to(mixed.dtype))
     elif norm_weight is None:
         mixed = mixed.clone()
-    return mixed, y, ungated, scale
+    return mixed, y, ungated, scale, kept_conv, normed, kept_weight
 
 
 @_forward.register_fake
@@ -107,18 +118,28 @@ def _(
     order: Tensor | None,
     counts: Tensor | None,
     groups: int,
-    *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, length, _width = proj.shape
     heads = dt_bias.shape[0]
     inner = _split(proj, conv_weight, dt_bias).z.shape[-1]
     y = proj.new_empty(batch, length, heads, inner // heads)
     rows = 0 if norm_weight is None else batch * length
+    conv_out, normed, narrow = (proj.new_empty(0) for _ in range(3))
+    if options[-1]:
+        conv_out = proj.new_empty(batch, length, conv_weight.shape[0])
+        if out_weight is not None and norm_weight is not None:
+            normed = proj.new_empty(batch, length, inner)
+        if out_weight is not None and out_weight.dtype != proj.dtype:
+            narrow = proj.new_empty(out_weight.shape)
     return (
         proj.new_empty(batch, length, inner if out_weight is None else out_weight.shape[0]),
         y,
         y.new_empty(y.shape if norm_weight is None else (0,)),
         proj.new_empty((rows, groups) if rows else (0,), dtype=torch.float32),
+        conv_out,
+        normed,
+        narrow,
     )
 
 
@@ -128,6 +149,9 @@ def _backward(
     y: Tensor,
     ungated: Tensor,
     scale: Tensor,
+    conv_out: Tensor,
+    normed: Tensor,
+    narrow: Tensor,
     proj: Tensor,
     conv_weight: Tensor,
     conv_bias: Tensor | None,
@@ -159,19 +183,18 @@ def _backward(
     dmixed = dout.contiguous()
     rows = dmixed.flatten(0, 1)
     if out_weight is not None:
-        dmixed = dmixed @ out_weight.to(dmixed.dtype)
+        dmixed = dmixed @ (narrow if narrow.numel() else out_weight.to(dmixed.dtype))
     mixed, dy, gate, dgate = y.flatten(2), dmixed, None, empty
     if norm_weight is None:
         gate, dgate = (v.unflatten(-1, (heads, -1)) for v in (parts.z, dparts.z))
     else:
-        again = torch.empty_like(mixed) if out_grad else None
+        again = torch.empty_like(mixed) if out_grad and not normed.numel() else None
         dy = torch.empty_like(mixed)
         norm.gradients_into(
             dy, empty, dparts.z, dnorm_weight, again, dmixed, None, mixed, parts.z, norm_weight,
             scale, inner // groups, norm_before_gate,
         )  # fmt: skip
-        if again is not None:
-            mixed = again
+        mixed = normed if again is None else again
         del again
     del dmixed
     if out_grad:
@@ -180,7 +203,8 @@ def _backward(
             dout_bias.copy_(rows.sum(dim=0, dtype=torch.float32))
     del mixed
 
-    conv_out = _convolved(parts, conv_weight, conv_bias, doc, order, counts)
+    if not conv_out.numel():
+        conv_out = _convolved(parts, conv_weight, conv_bias, doc, order, counts)
     dconv_out = torch.empty_like(conv_out)
     x, B, C = _split_conv(conv_out, inner, heads, groups)
     dx, dB, dC = _split_conv(dconv_out, inner, heads, groups)
@@ -200,18 +224,19 @@ def _empty_grads(given: tuple[Tensor | None, ...], out_grad: bool) -> list[Tenso
     proj = given[0]
     assert proj is not None
     grads = [proj.new_empty(0) if t is None else t.new_empty(t.shape) for t in given]
+    grads[0] = empty_rows(proj, *proj.shape)
     if not out_grad:
         grads[-2:] = [proj.new_empty(0), proj.new_empty(0)]
     return grads
 
 
 @_backward.register_fake
-def _(dout: Tensor, y: Tensor, ungated: Tensor, scale: Tensor, *inputs: Any) -> list[Tensor]:
-    return _empty_grads(inputs[:9], inputs[-1])
+def _(dout: Tensor, *inputs: Any) -> list[Tensor]:
+    return _empty_grads(inputs[6:15], inputs[-1])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, (ctx.groups, *ctx.step, _, ctx.norm_before_gate) = inputs[:13], inputs[13:]
+    tensors, (ctx.groups, *ctx.step, _, ctx.norm_before_gate, _) = inputs[:13], inputs[13:]
     ctx.save_for_backward(*output[1:], *tensors)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
@@ -219,12 +244,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _gradients(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Any, ...]:
     if dout is None:
-        return (None,) * 18
+        return (None,) * 19
     saved = ctx.saved_tensors
     out_grad = any(ctx.needs_input_grad[7:9])
     grads = _backward(dout, *saved, ctx.groups, *ctx.step, ctx.norm_before_gate, out_grad)
     wanted = zip(grads, ctx.needs_input_grad, strict=False)
-    return (*(grad if needed else None for grad, needed in wanted), *(None,) * 9)
+    return (*(grad if needed else None for grad, needed in wanted), *(None,) * 10)
 
 
 _forward.register_autograd(_gradients, setup_context=_setup)
@@ -257,8 +282,10 @@ def mamba2_mix_triton(
     order, counts = real_first or (None, None)
     if mask is not None and order is None:
         order, counts = conv.real_first_triton(mask)
+    if proj.stride(-1) != 1:
+        proj = proj.contiguous()
     return _forward(
-        proj.contiguous(), conv_weight, conv_bias, A.contiguous(), D.contiguous(),
-        dt_bias.contiguous(), norm_weight, out_weight, out_bias, seq_idx, mask, order, counts,
-        n_groups, float(dt_limit[0]), float(dt_limit[1]), norm_eps, norm_before_gate,
+        proj, conv_weight, conv_bias, A.contiguous(), D.contiguous(), dt_bias.contiguous(),
+        norm_weight, out_weight, out_bias, seq_idx, mask, order, counts, n_groups,
+        float(dt_limit[0]), float(dt_limit[1]), norm_eps, norm_before_gate, keeps_activations(),
     )[0]  # fmt: skip

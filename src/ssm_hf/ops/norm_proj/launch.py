@@ -1,13 +1,13 @@
-"""Norm and projection as one torch operator that keeps nothing but the stream."""
+"""Norm and projection as one torch operator that keeps little but the stream."""
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ssm_hf.ops.dispatch import keeps_activations
 from ssm_hf.ops.launch import KERNEL_DTYPES, check_tensors
-from ssm_hf.ops.product import product_into
+from ssm_hf.ops.product import empty_rows, linear_in_rows, product_into
 from ssm_hf.ops.rms_norm import launch as norm
 
 
@@ -20,10 +20,18 @@ def _forward(
     bias: Tensor | None,
     eps: float,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y in `dtype`, x + residual in residual's dtype (or empty), 1/rms (rows, 1)."""
-    y, total, scale = norm._forward(x, residual, None, norm_weight, eps, x.shape[-1], False, dtype)
-    return F.linear(y, weight.to(dtype), None if bias is None else bias.to(dtype)), total, scale
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y in `dtype`, x + residual in residual's dtype (or empty), 1/rms (rows, 1); with `keep` the
+    norm, and the weight in `dtype` if it is in another one (else empty)."""
+    normed, total, scale = norm._forward(
+        x, residual, None, norm_weight, eps, x.shape[-1], False, dtype
+    )
+    narrow = weight.to(dtype)
+    y = linear_in_rows(normed, narrow, None if bias is None else bias.to(dtype))
+    if not keep or weight.dtype == dtype:
+        narrow = normed.new_empty(0)
+    return y, total, scale, normed if keep else normed.new_empty(0), narrow
 
 
 @_forward.register_fake
@@ -35,9 +43,12 @@ def _(
     bias: Tensor | None,
     eps: float,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    y, total, scale = norm._empty_outputs(x, residual, norm_weight, x.shape[-1], dtype)
-    return y.new_empty(*x.shape[:-1], weight.shape[0]), total, scale
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    normed, total, scale = norm._empty_outputs(x, residual, norm_weight, x.shape[-1], dtype)
+    narrow = normed.new_empty(weight.shape if keep and weight.dtype != dtype else (0,))
+    y = empty_rows(normed, *x.shape[:-1], weight.shape[0])
+    return y, total, scale, normed if keep else normed.new_empty(0), narrow
 
 
 @torch.library.custom_op("ssm_hf::norm_proj_bwd", mutates_args=())
@@ -46,6 +57,8 @@ def _backward(
     dtotal: Tensor | None,
     h: Tensor,
     scale: Tensor,
+    normed: Tensor,
+    narrow: Tensor,
     norm_weight: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -57,16 +70,15 @@ def _backward(
     and bias; of these three only the wanted ones."""
     grads = _empty_grads(h, norm_weight, weight, bias, dtype, residual_dtype, wanted)
     dx, dresidual, dnorm_weight, dweight, dbias = grads
-    dy = dy.contiguous()
-    dnormed = dy @ weight.to(dy.dtype)
-    normed = torch.empty_like(dnormed) if wanted[1] else None
+    rows = norm._rows(dy)
+    dnormed = rows @ (narrow if narrow.numel() else weight.to(dy.dtype))
+    again = torch.empty_like(dnormed) if wanted[1] and not normed.numel() else None
     norm.gradients_into(
-        dx, dresidual, h.new_empty(0), dnorm_weight, normed, dnormed, dtotal, h, None, norm_weight,
+        dx, dresidual, h.new_empty(0), dnorm_weight, again, dnormed, dtotal, h, None, norm_weight,
         scale, h.shape[-1], False,
     )  # fmt: skip
-    rows = dy.flatten(0, -2)
-    if normed is not None:
-        product_into(dweight, rows.t(), normed.flatten(0, -2))
+    if wanted[1]:
+        product_into(dweight, rows.t(), norm._rows(normed) if again is None else again)
     if dbias.numel():
         dbias.copy_(rows.sum(dim=0, dtype=torch.float32))
     return grads
@@ -96,6 +108,8 @@ def _(
     dtotal: Tensor | None,
     h: Tensor,
     scale: Tensor,
+    normed: Tensor,
+    narrow: Tensor,
     norm_weight: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -107,23 +121,23 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, residual, norm_weight, weight, bias, _, ctx.y_dtype = inputs
-    _, total, scale = output
-    ctx.mark_non_differentiable(*((scale, total) if residual is None else (scale,)))
+    x, residual, norm_weight, weight, bias, _, ctx.y_dtype, _ = inputs
+    _, total, *formed = output
+    ctx.mark_non_differentiable(*((*formed, total) if residual is None else formed))
     ctx.set_materialize_grads(False)
     ctx.dtype, ctx.residual_dtype = x.dtype, None if residual is None else residual.dtype
-    ctx.save_for_backward(x if residual is None else total, scale, norm_weight, weight, bias)
+    ctx.save_for_backward(x if residual is None else total, *formed, norm_weight, weight, bias)
 
 
-def _gradients(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, _: None) -> tuple[Any, ...]:
-    h, scale, norm_weight, weight, bias = ctx.saved_tensors
+def _gradients(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, *_: None) -> tuple[Any, ...]:
+    h, scale, normed, narrow, norm_weight, weight, bias = ctx.saved_tensors
     if dy is None:
         dy = h.new_zeros((), dtype=ctx.y_dtype).expand(*h.shape[:-1], weight.shape[0])
     wanted = list(ctx.needs_input_grad[2:5])
     has_residual = ctx.residual_dtype is not None
     dx, dresidual, *of_weights = _backward(
-        dy, dtotal if has_residual else None, h, scale, norm_weight, weight, bias, ctx.dtype,
-        ctx.residual_dtype, wanted,
+        dy, dtotal if has_residual else None, h, scale, normed, narrow, norm_weight, weight, bias,
+        ctx.dtype, ctx.residual_dtype, wanted,
     )  # fmt: skip
     if ctx.residual_dtype == ctx.dtype:
         dresidual = dx
@@ -131,8 +145,7 @@ def _gradients(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, _: None) -> t
         dx,
         dresidual if has_residual else None,
         *(grad if needed else None for grad, needed in zip(of_weights, wanted, strict=True)),
-        None,
-        None,
+        *(None,) * 3,
     )
 
 
@@ -151,5 +164,6 @@ def norm_proj_triton(
     """As the operators one after another."""
     check_tensors("norm_proj", KERNEL_DTYPES, x=x, residual=residual, norm_weight=norm_weight,
                   weight=weight, bias=bias)  # fmt: skip
-    y, total, _ = _forward(x, residual, norm_weight, weight, bias, eps, dtype)
+    keep = keeps_activations()
+    y, total, *_ = _forward(x, residual, norm_weight, weight, bias, eps, dtype, keep)
     return y, x if residual is None else total
