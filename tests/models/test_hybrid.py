@@ -226,6 +226,21 @@ def test_parameter_groups_spare_norms_biases_and_decays() -> None:
     assert spared == {name for name in names if name.endswith(ends)}
 
 
+def test_bf16_keeps_in_fp32_what_the_mixers_own_models_keep(tmp_path: Path) -> None:
+    streams = {"type": "mamba3", "mimo_rank": 2}
+    experts = {"type": "moe", "kind": "sigmoid", "correction_bias": True}
+    build([streams, experts, "mamba2"]).save_pretrained(tmp_path)
+    loaded = HybridForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    wide = {n for n, t in loaded.state_dict().items() if t.dtype == torch.float32}
+    names = ("D", "dt_bias", "B_bias", "C_bias", "mimo_x", "mimo_z", "mimo_o")
+    expected = {f"backbone.layers.0.mixer.{name}" for name in names}
+    expected |= {f"backbone.layers.2.mixer.{name}" for name in ("A_log", "D", "dt_bias")}
+    assert wide == expected | {"backbone.layers.1.mixer.router.e_score_correction_bias"}
+    ids = torch.randint(3, 96, (2, 7))
+    assert loaded(ids).logits.isfinite().all()
+    assert loaded.generate(ids, max_new_tokens=3, eos_token_id=None).shape == (2, 10)
+
+
 def test_flops_per_token_equal_a_count_by_hand() -> None:
     head = 2 * 32 * 96
     # q, k, v and out: 4 heads of 8, 2 of keys and values; then 4 operations for each number of the

@@ -106,7 +106,10 @@ class SSMPreTrainedModel(PreTrainedModel):
     _is_stateful = False
     _can_compile_fullgraph = False
     # Rounding these to bf16 changes every decay; mixers compute with them in fp32 anyway.
-    _keep_in_fp32_modules_strict: ClassVar[Any] = ["A_log", "D", "dt_bias"]
+    _keep_in_fp32_modules_strict: ClassVar[Any] = [
+        *("A_log", "D", "dt_bias", "B_bias", "C_bias", "mimo_x", "mimo_z", "mimo_o"),
+        "e_score_correction_bias",  # decides between experts by small differences
+    ]
 
     def _initialize_weights(self, module: nn.Module, *_: Any, **__: Any) -> None:
         """Called for every module. For classes outside transformers, one without parameters of its

@@ -72,7 +72,6 @@ class Mamba3PreTrainedModel(SSMPreTrainedModel):
     config_class = Mamba3Config
     base_model_prefix = "backbone"
     _no_split_modules: ClassVar[list[str]] = ["Mamba3Block"]
-    _keep_in_fp32_modules_strict: ClassVar[list[str]] = list(Mamba3Mixer.no_decay)
 
 
 class Mamba3Model(BackboneMixin, Mamba3PreTrainedModel):
