@@ -12,6 +12,7 @@ import sys
 
 import torch
 
+from ssm_hf.ops.interval_attention import interval_attention, interval_attention_step
 from ssm_hf.ops.moe import moe_experts, moe_route
 from tests.ops import grid
 from tests.ops.grid_operators import KERNELS
@@ -68,13 +69,38 @@ def experts(device: torch.device) -> None:
     print(f"moe_experts: {2 * len(EXPERTS)} forward and backward passes", flush=True)
 
 
+# queries, keys, H, G, d, dtype: sizes that fill no block, heads that share keys.
+ATTENTION = ((67, 70, 4, 2, 40, torch.bfloat16), (1, 130, 3, 3, 20, torch.float32))
+
+
+def attention(device: torch.device) -> None:
+    """Intervals that reach beyond the keys, some of them empty; steps at both ends of a cache."""
+    for queries, keys, heads, groups, size, dtype in ATTENTION:
+        q = torch.randn(2, queries, heads, size, device=device, dtype=dtype, requires_grad=True)
+        k, v = torch.randn(2, 2, keys, groups, size, device=device, dtype=dtype)
+        low = torch.randint(-5, keys + 5, (2, queries), device=device)
+        high = low + torch.randint(-5, keys, low.shape, device=device)
+        for mask in (None, torch.rand(2, keys, device=device) > 0.3):
+            leaves = [q, k.requires_grad_(), v.requires_grad_()]
+            interval_attention(*leaves, low, high, key_mask=mask, impl="triton").sum().backward()
+        cache = torch.zeros(2, 2, keys, groups, size, device=device, dtype=dtype)
+        length = torch.tensor([keys - 1, 3 * keys], device=device)
+        interval_attention_step(q[:, 0].detach(), k[:, 0].detach(), v[:, 0].detach(), *cache,
+                                length, impl="triton")  # fmt: skip
+    torch.cuda.synchronize()
+    print(f"interval_attention: {3 * len(ATTENTION)} calls", flush=True)
+
+
+# Operators that are not on the grid.
+OTHERS = {"moe_experts": experts, "interval_attention": attention}
+
+
 def main() -> None:
     device = torch.device("cuda")
-    names = sys.argv[1:] or ["moe_experts", *grid.OPERATORS]
-    if "moe_experts" in names:
-        names.remove("moe_experts")
-        experts(device)
-    for operator in names:
+    names = sys.argv[1:] or [*OTHERS, *grid.OPERATORS]
+    for operator in (name for name in names if name in OTHERS):
+        OTHERS[operator](device)
+    for operator in (name for name in names if name not in OTHERS):
         op = grid.OPERATORS[operator]
         kernel = functools.partial(grid.call, op.run, impl="triton")
         for row in rows(operator):

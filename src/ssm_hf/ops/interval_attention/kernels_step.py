@@ -65,13 +65,14 @@ def interval_attention_step_kernel(
         tl.store(keys_ptr + own, k, mask=stored)
         tl.store(values_ptr + own, v, mask=stored)
 
-    # The new token belongs to the first share.
-    mine = split == 0
-    own_score = tl.sum(q * k.to(tl.float32)[None, :], axis=1)
-    top = tl.where(mine, own_score, _LOWEST)
-    total = tl.where(mine, 1.0, 0.0) + tl.zeros((HEADS,), tl.float32)
-    acc = total[:, None] * v.to(tl.float32)[None, :]
+    # Each place of a tile has a softmax of its own until the end: nothing in the loop is summed
+    # over keys. The new token, in the first place of the first share, begins.
     offset = tl.arange(0, BLOCK_N)
+    mine = ((split == 0) & (offset == 0))[None, :]
+    own_score = tl.sum(q * k.to(tl.float32)[None, :], axis=1)
+    top = tl.where(mine, own_score[:, None], _LOWEST)
+    total = tl.where(mine, 1.0, 0.0) + tl.zeros((HEADS, BLOCK_N), tl.float32)
+    acc = total[:, :, None] * v.to(tl.float32)[None, None, :]
     for start in tl.range(0, count, BLOCK_N, num_stages=STAGES):
         at = slot + start + offset
         at = tl.where(at >= slots, at - slots, at)
@@ -82,12 +83,16 @@ def interval_attention_step_kernel(
         old_v = tl.load(values_ptr + place, mask=taken, other=0.0).to(tl.float32)
         scores = tl.sum(q[:, None, :] * old_k[None, :, :], axis=2)
         scores = tl.where(seen[None, :], scores, float("-inf"))
-        larger = tl.maximum(top, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - larger[:, None])
+        larger = tl.maximum(top, scores)
+        weights = tl.exp2(scores - larger)
         fade = tl.exp2(top - larger)
-        total = total * fade + tl.sum(weights, axis=1)
-        acc = acc * fade[:, None] + tl.sum(weights[:, :, None] * old_v[None, :, :], axis=1)
+        total = total * fade + weights
+        acc = acc * fade[:, :, None] + weights[:, :, None] * old_v[None, :, :]
         top = larger
+    largest = tl.max(top, axis=1)
+    fade = tl.exp2(top - largest[:, None])
+    total = tl.sum(total * fade, axis=1)
+    acc = tl.sum(acc * fade[:, :, None], axis=1)
 
     out = b * heads + head
     if SPLITS == 1:
@@ -98,7 +103,7 @@ def interval_attention_step_kernel(
     else:
         part = out * SPLITS + split
         tl.store(parts_ptr + part[:, None] * head_dim + d[None, :], acc, mask=inside)
-        tl.store(tops_ptr + part, top, mask=h_inside)
+        tl.store(tops_ptr + part, largest, mask=h_inside)
         tl.store(totals_ptr + part, total, mask=h_inside)
 
 

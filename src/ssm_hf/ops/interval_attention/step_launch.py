@@ -5,11 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssm_hf.ops import launch as common
 from ssm_hf.ops.interval_attention.kernels_step import (
     interval_attention_step_kernel,
     interval_attention_step_sum_kernel,
 )
-from ssm_hf.ops.launch import KERNEL_DTYPES, call, check_tensors, on_device, processors, tuned
+from ssm_hf.ops.launch import KERNEL_DTYPES, call, check_tensors, on_device, tuned
 
 # Triton's annotations do not know that plain values may stand for constants.
 _step_kernel: Any = interval_attention_step_kernel
@@ -48,7 +49,7 @@ def _step(
     # One head leaves room for more keys at a time.
     block_n = max(options.pop("TILE") // (block_d * at_once), 4)
     programs = batch * groups * -(-per_group // at_once)
-    wanted = options.pop("PROGRAMS") * processors(q.device) // programs
+    wanted = options.pop("PROGRAMS") * common.processors(q.device) // programs
     splits = min(_power(max(wanted, 1) + 1) // 2, _power(-(-window // block_n)), _MOST_SPLITS)
     parts = tops = totals = None
     if splits > 1:
