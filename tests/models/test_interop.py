@@ -282,6 +282,21 @@ def test_trainer_step_on_a_packed_batch_has_the_separate_documents_loss(
     assert changed == list(before)
 
 
+@each_type
+def test_trainer_predicts_logits_alone(model_type: str, tmp_path: Path) -> None:
+    options = {"output_router_logits": True} if model_type in ("jamba", "ssm_hybrid") else {}
+    if model_type == "ssm_hybrid":
+        options["blocks"] = ["mamba2", "moe"]
+    model, ids = build(model_type, **options), some_ids(3)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), per_device_eval_batch_size=2, use_cpu=True, report_to=[],
+        disable_tqdm=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    rows = Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
+    predictions = Trainer(model=model, args=arguments).predict(rows).predictions
+    assert relative_error(torch.tensor(predictions), model(ids).logits) < 1e-6
+
+
 MIXER_GROUPS = {
     "mamba": (
         ["conv1d.weight", "in_proj.weight", "x_proj.weight", "dt_proj.weight", "out_proj.weight"],

@@ -37,6 +37,11 @@ _BASE_KEYWORDS = {
 class NativeConfigMixin(PreTrainedConfig):
     """Adds the checks above to a config class of transformers."""
 
+    # Trainer gathers what is left of an output: the logits, and hidden states where asked for.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        *("past_key_values", "aux_loss", "z_loss", "router_logits", "router_statistics"),
+        *("capacity_loss", "gate_fractions", "gates"),
+    ]
     _derived = ()
     _inexpressible: ClassVar[dict[str, Any]] = INEXPRESSIBLE
 
