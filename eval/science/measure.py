@@ -6,7 +6,7 @@ here do not, and the checks must tell.
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -25,10 +25,29 @@ TOLERATED = 0.02
 FADED = 32
 
 
+class Selection(NamedTuple):
+    """What gates of selective attention did in one batch.
+
+    Attributes:
+        tokens: number of tokens.
+        selected: how many of them a layer selects, the mean over layers.
+        asked: number of tokens that an answer is asked of.
+        asked_selected: how many of those some layer selects.
+    """
+
+    tokens: float
+    selected: float
+    asked: float
+    asked_selected: float
+
+
 class ModelPredictor:
     """The logits of a causal language model at the labels of samples.
 
     Positions are gathered before the head, so no logits of whole sequences are ever held.
+
+    Attributes:
+        selection: what gates of the model did with the latest samples; None where it has none.
 
     Args:
         model: any of transformers' causal language models, in eval mode.
@@ -37,6 +56,7 @@ class ModelPredictor:
 
     def __init__(self, model: PreTrainedModel, autocast: torch.dtype | None = None) -> None:
         self.model, self.autocast = model, autocast
+        self.selection: Selection | None = None
 
     @torch.no_grad()
     def __call__(self, samples: Samples) -> Tensor:
@@ -44,9 +64,16 @@ class ModelPredictor:
         asked = samples.labels[:, 1:] != IGNORED
         device = self.model.device.type
         with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
-            hidden = self.model.base_model(input_ids=samples.input_ids, use_cache=False)[0]
+            gated = {"output_gates": True} if hasattr(self.model.config, "output_gates") else {}
+            out = self.model.base_model(input_ids=samples.input_ids, use_cache=False, **gated)
+            hidden = out[0]
             head: Any = self.model.get_output_embeddings()
             logits = head(hidden[:, :-1][asked])
+        gates = getattr(out, "gates", None)
+        if gates:
+            flags = torch.stack([gate.selected for gate in gates])
+            counts = (flags.float().mean(0).sum(), asked.sum(), flags.any(0)[:, :-1][asked].sum())
+            self.selection = Selection(flags[0].numel(), *map(float, counts))
         return logits.float()
 
 
@@ -111,13 +138,19 @@ def accuracy(
     Returns:
         {"samples", "string", "token", "last"}: how many, the share of samples with all labels
         right, of labels, and of last labels; with {"scaled", "scaled_last"} where the task has a
-        number of choices C: (accuracy - 1/C) / (1 - 1/C), of labels and of last labels.
+        number of choices C: (accuracy - 1/C) / (1 - 1/C), of labels and of last labels; with
+        {"selected", "selected_asked"} where the model selects: the share of all tokens that a layer
+        selects, and of those that an answer is asked of, by some layer.
     """
     size = max(1, BATCH_TOKENS // task.tokens(length))
     right_tokens = tokens = right_strings = right_last = 0
+    selections: list[Selection] = []
     for begin in range(0, samples, size):
         batch = task.sample([length] * min(size, samples - begin), generator)
         predicted = predictor(batch).argmax(-1).cpu()
+        selection = getattr(predictor, "selection", None)
+        if selection is not None:
+            selections.append(selection)
         right = torch.zeros_like(batch.labels, dtype=torch.bool)
         asked = batch.labels != IGNORED
         right[asked] = predicted == targets(batch)
@@ -136,6 +169,10 @@ def accuracy(
     if task.choices is not None:
         result["scaled"] = scaled(result["token"], task.choices)
         result["scaled_last"] = scaled(result["last"], task.choices)
+    if selections:
+        total = Selection(*map(sum, zip(*selections, strict=True)))
+        result["selected"] = total.selected / total.tokens
+        result["selected_asked"] = total.asked_selected / total.asked
     return result
 
 

@@ -182,6 +182,7 @@ def _experiment_blocks(name: str, experiment: Values) -> list[Block]:
     )
     rows = [_model_row(model, group, experiment) for model, group in experiment["models"].items()]
     blocks: list[Block] = [Heading(name, 3), Text(text.strip()), Table(columns, rows, caption)]
+    blocks += _share_tables(experiment)
     notes = [
         (model, group["note"]) for model, group in experiment["models"].items() if group["note"]
     ]
@@ -198,6 +199,20 @@ def _experiment_blocks(name: str, experiment: Values) -> list[Block]:
     return blocks
 
 
+def _share_tables(experiment: Values) -> list[Block]:
+    """Which tokens models with selective attention select; nothing where there are none."""
+    places = [str(at) for at in experiment["measure"]]
+    rows = []
+    for model, group in experiment["models"].items():
+        for metric, what in SHARES.items():
+            columns = [[run["measure"][at].get(metric) for run in group["runs"]] for at in places]
+            if group["runs"] and columns[0][0] is not None:
+                rows.append((model, what, *(mean_and_spread(column) for column in columns)))
+    caption = "Share of the tokens that attend, mean ± standard deviation over seeds."
+    return [Table(("model", "of", *places), rows, caption)] if rows else []
+
+
+SHARES = {"selected": "all tokens", "selected_asked": "tokens that an answer is asked of"}
 METRICS = {
     "string": "Samples with all answers right",
     "token": "Answers right",

@@ -15,6 +15,8 @@ from eval.suite import build, read_yaml
 from eval.tasks import Lengths, Task, check_fits, make_task
 
 METRICS = ("string", "token", "last", "scaled", "scaled_last")
+# Of models that select tokens: shares, which claims may be about.
+SHARES = ("selected", "selected_asked")
 REFERENCE = re.compile(r"(?P<experiment>[^/\s]+)/(?P<model>\S+)\s+(?P<metric>\w+)@(?P<at>\d+)")
 
 
@@ -329,6 +331,9 @@ class ScienceSuite:
             measured.check_length(length)
             measured.tokens(length)
 
+    def _selects(self, model: str) -> bool:
+        return self.model(model).config["model_type"] == "taipan"
+
     def _check_pair(self, experiment: str, model: str, where: str) -> None:
         _require(experiment in self.experiments, f"{where}: no experiment {experiment!r}")
         _require(
@@ -339,7 +344,12 @@ class ScienceSuite:
     def _check_reference(self, reference: Reference, where: str) -> None:
         self._check_pair(reference.experiment, reference.model, where)
         spec = self.experiments[reference.experiment]
-        _require(reference.metric in METRICS, f"{where}: no metric {reference.metric!r}")
+        known = (*METRICS, *SHARES)
+        _require(reference.metric in known, f"{where}: no metric {reference.metric!r}")
+        _require(
+            reference.metric not in SHARES or self._selects(reference.model),
+            f"{where}: model {reference.model} selects no tokens",
+        )
         _require(
             reference.at in spec.measure,
             f"{where}: {reference.experiment} is measured at {spec.measure}, not {reference.at}",

@@ -167,6 +167,7 @@ def claim_with(**check):
         ({"value": "copy small", "at_least": 1.0}, "expected 'experiment/model"),
         ({"value": "copy/small string@9", "at_least": 1.0}, "not 9"),
         ({"value": "copy/small f1@8", "at_least": 1.0}, "no metric"),
+        ({"value": "copy/small selected@8", "at_least": 1.0}, "small selects no tokens"),
         ({"value": "copy/small string@8", "above": "copy/big string@8"}, "no model 'big'"),
     ],
 )

@@ -26,6 +26,8 @@ from eval.science.verdicts import (
     t_quantile,
 )
 from eval.tasks import IGNORED, Samples, make_task, seeded
+from ssm_hf import TaipanForCausalLM
+from tests.helpers import randomize_, tiny
 
 pytestmark = pytest.mark.usefixtures("science_classes")
 
@@ -47,6 +49,20 @@ class Copier:
         answer = torch.where(source == separator, 3, answer)
         answer = torch.where(source > self.wrong_after, 0, answer)
         return torch.nn.functional.one_hot(answer, self.vocab_size).float()
+
+
+@torch.no_grad()
+def test_shares_of_selected_tokens_are_those_of_the_gates() -> None:
+    task = make_task("mqar", {"vocabulary": 32, "min_context": 32})
+    config = tiny("taipan", vocab_size=task.vocab_size, num_mamba_layers=4, sal_period=2)
+    model = randomize_(TaipanForCausalLM(config)).eval()
+    found = accuracy(ModelPredictor(model), task, 4, 20, seeded(0))
+    batch = task.sample([4] * 20, seeded(0))
+    first, second = (g.selected for g in model(batch.input_ids, output_gates=True).gates)
+    asked = torch.nn.functional.pad(batch.labels[:, 1:] != IGNORED, (0, 1))
+    assert found["selected"] == pytest.approx(float((first.float() + second).mean() / 2))
+    assert found["selected_asked"] == pytest.approx(float((first | second)[asked].float().mean()))
+    assert "selected" not in accuracy(Copier(), make_task("string_copy", {}), 5, 5, seeded(0))
 
 
 def test_accuracies_of_a_known_predictor() -> None:
