@@ -44,9 +44,10 @@ Loss = Callable[[Tensor], Tensor]
 # --- models ---------------------------------------------------------------------------------------
 
 
-def ours(name: str) -> tuple[nn.Module, Loss]:
-    """A model of configs/model, and ids (B, T) -> loss."""
+def ours(name: str, layers: int | None = None) -> tuple[nn.Module, Loss]:
+    """A model of configs/model, if wanted with fewer layers, and ids (B, T) -> loss."""
     config = AutoConfig.from_pretrained(MODELS / f"{name}.json")
+    config.num_hidden_layers = layers or config.num_hidden_layers
     torch.manual_seed(0)
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
@@ -71,7 +72,7 @@ def llama(layers: int, hidden: int, heads: int) -> tuple[nn.Module, Loss]:
     return model, lambda ids: model(ids, labels=ids, use_cache=False).loss
 
 
-def mamba_ssm(name: str) -> tuple[nn.Module, Loss]:
+def mamba_ssm(name: str, layers: int | None = None) -> tuple[nn.Module, Loss]:
     """Their model of the same sizes, with our weights. Mamba-2 runs on their Triton scan; where
     causal-conv1d is not installed, on torch's convolution, which is what their code then takes.
 
@@ -83,7 +84,7 @@ def mamba_ssm(name: str) -> tuple[nn.Module, Loss]:
     from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
     from mamba_ssm.modules import mamba2
 
-    own, _ = ours(name)
+    own, _ = ours(name, layers)
     if own.config.model_type == "mamba2":
         has_conv = mamba2.causal_conv1d_fn is not None
         layer = {"layer": "Mamba2", "use_mem_eff_path": has_conv}
@@ -102,13 +103,13 @@ def mamba_ssm(name: str) -> tuple[nn.Module, Loss]:
     return model, _loss_of_logits(model)
 
 
-def fla(name: str) -> tuple[nn.Module, Loss]:
+def fla(name: str, layers: int | None = None) -> tuple[nn.Module, Loss]:
     from fla.models import Mamba2Config, Mamba2ForCausalLM
 
     own = AutoConfig.from_pretrained(MODELS / f"{name}.json")
     config = Mamba2Config(
         hidden_size=own.hidden_size,
-        num_hidden_layers=own.num_hidden_layers,
+        num_hidden_layers=layers or own.num_hidden_layers,
         num_heads=own.num_heads,
         head_dim=own.head_dim,
         state_size=own.state_size,
@@ -135,11 +136,11 @@ class Peer(NamedTuple):
 
     case: str
     provider: str
-    build: Callable[[], tuple[nn.Module, Loss]]
+    build: Callable[..., tuple[nn.Module, Loss]]
     own: str | None = None
 
 
-def _peer_of(name: str, provider: str, build: Callable[[str], tuple[nn.Module, Loss]]) -> Peer:
+def _peer_of(name: str, provider: str, build: Callable[..., tuple[nn.Module, Loss]]) -> Peer:
     family, size = name.split("-")
     own = name if provider == "mamba_ssm" else None
     return Peer(f"train-{size}-{family}", provider, functools.partial(build, name), own)
@@ -159,9 +160,9 @@ PEERS: dict[str, Peer] = {
 # --- one pass -------------------------------------------------------------------------------------
 
 
-def backward_pass(loss: Loss) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
+def backward_pass(loss: Loss, keep: bool = False) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
     def run(batch: dict[str, Tensor], share: Tensor) -> Tensor:
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast("cuda", torch.bfloat16), ssm_hf.keep_activations(keep):
             value = loss(batch["input_ids"])
         (value * share).backward()
         return value.detach()
@@ -243,9 +244,10 @@ def measure(
     """Speed and memory of one way to run the pass, and of the whole step."""
     model.zero_grad(set_to_none=True)
     batch, share = {"input_ids": ids}, torch.ones((), device=ids.device)
-    single = backward_pass(loss)
+    single = backward_pass(loss, keep=way == "graph-keep")
     began = time.perf_counter()
-    if way == "graph":
+    is_graph = way.startswith("graph")
+    if is_graph:
         graphed = GraphedPass(single, model.parameters())
         peak = peak_gib(lambda: graphed(batch, share, is_first=True))
 
@@ -271,7 +273,7 @@ def measure(
     print(f"{way}: ready after {warm_up:.1f} s", flush=True)
     wall = common.wall_ms(run, seconds)
     # A replay leaves the host nothing to do.
-    device = wall if way == "graph" else common.profiled_ms(run)
+    device = wall if is_graph else common.profiled_ms(run)
     values = {"wall_ms": wall, "device_ms": device}
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
@@ -366,17 +368,22 @@ def start_compilers(arguments: argparse.Namespace) -> list[subprocess.Popen[byte
     ]
 
 
+def wait(processes: list[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        process.wait()
+
+
 def compile_part(
     names: list[str], part: int, parts: int, choices: Path, batch: int, length: int
 ) -> None:
     """Compile every `parts`-th candidate of these peers' training pass.
 
     Triton compiles anew for sizes that are 1 and for those that 16 divides, so that of a larger
-    batch the smallest one of its kind will do.
+    batch the smallest one of its kind will do, as will one layer and two of the peers' chunks.
     """
     rows = batch if batch == 1 else 16 if batch % 16 == 0 else 2
-    ids = torch.randint(3, 50280, (rows, length), device="cuda")
-    built = [PEERS[name.partition(":")[0]].build() for name in names]
+    ids = torch.randint(3, 50280, (rows, min(length, 512)), device="cuda")
+    built = [PEERS[name.partition(":")[0]].build(layers=1) for name in names]
     Autotuners(choices).compile_only(part, parts)
     for _, loss in built:
         backward_pass(loss)({"input_ids": ids}, torch.ones((), device="cuda"))
@@ -399,7 +406,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="*", default=["mamba2-130m", "mamba-130m"])
     parser.add_argument("--ways", nargs="*", default=["graph", "eager"],
-                        choices=["graph", "eager", "compile", "compile-whole"])  # fmt: skip
+                        choices=["graph", "graph-keep", "eager", "compile",
+                                 "compile-whole"])  # fmt: skip
     parser.add_argument("--peers", nargs="*", default=[], metavar="PEER[:WAY]",
                         help=f"of {', '.join(PEERS)}, eagerly or as WAY says")  # fmt: skip
     parser.add_argument("--processes", type=int, default=8, help="compile for peers' autotuners")
@@ -427,16 +435,18 @@ def main() -> None:
 
     shape = {"B": arguments.batch, "T": arguments.length}
     ids = torch.randint(3, 50280, (arguments.batch, arguments.length), device="cuda")
-    truths: dict[str, Truth] = {}
+    share = torch.ones((), device="cuda")
+    names = dict.fromkeys(peer.own for peer, _ in runs(arguments) if peer.own is not None)
+    truths = {name: Truth.of(name, ids[:, :512]) for name in names}
     for (case, provider, build, own), way in runs(arguments):
-        if provider in TUNED:
-            for process in compilers:
-                process.wait()
-        if own is not None and own not in truths:
-            truths[own] = Truth.of(own, ids[:, :512])
         model, loss = build()
+        kept = way == "graph-keep"
         if provider in TUNED:
+            wait(compilers)
             Autotuners(arguments.peer_choices).measure_briefly()
+        elif provider == "ssm_hf":
+            with ssm_hf.compile_ahead():
+                backward_pass(loss, kept)({"input_ids": ids[:, :512]}, share)
         details = {
             "way": way,
             "shape": shape,
@@ -446,7 +456,9 @@ def main() -> None:
             # As many rows as are timed: these are the same kernels. A peer may round where we do
             # not; another function would be off by the gradient's own size.
             factor = 2 if provider == "ssm_hf" else 4
-            details |= check(model, loss, ids[:, :512], truths[own], factor)
+            with ssm_hf.keep_activations(kept):
+                details |= check(model, loss, ids[:, :512], truths[own], factor)
+        wait(compilers)  # they use the GPU too
         values = measure(model, loss, way, ids, arguments.seconds, arguments.profile)
         keep(case, provider, values, **details)
         del model, loss

@@ -41,7 +41,7 @@ def mamba1_mix(
 
     As the operators one after another, but with a backward pass of its own, in which both gradients
     of proj are written into one tensor. The outputs of the convolution and of the step projection
-    are formed again in place of being kept.
+    are formed again in place of being kept (not within `keep_activations`).
 
     Args:
         proj: (B, T, 2 I).

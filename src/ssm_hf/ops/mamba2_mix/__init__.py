@@ -45,7 +45,7 @@ def mamba2_mix(
 
     As the operators one after another, but with a backward pass of its own, in which all gradients
     of proj are written into one tensor. Of the tensors as large as proj it keeps proj and the
-    scan's output; it forms those of convolution and norm again.
+    scan's output; it forms those of convolution and norm again (not within `keep_activations`).
 
     Args:
         proj: (B, T, H P + C + H), C = H P + 2 G N.

@@ -34,7 +34,9 @@ def norm_proj(
     """The residual stream after a sublayer, and the next one's projection of its norm.
 
     As `add_rms_norm` and a linear layer, but the norm is formed again in the backward pass, beside
-    its gradient, in place of being kept; nor is the weight kept in `dtype`.
+    its gradient, in place of being kept; nor is the weight kept in `dtype` (within
+    `keep_activations` both are). Rows of y may lie further apart than they are wide, so that each
+    begins on a cache line.
 
     Args:
         x: (..., D), output of a sublayer, any float dtype.
