@@ -114,7 +114,8 @@ def load_model(name: str, *, dtype: str, device: str, prefix: str) -> LoadedMode
         device = str(processes().device)
     elif device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    model, info = loaded
     # from_pretrained would fill such weights with random numbers, and the scores would be noise.
     bad = sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]}))
     if bad:
