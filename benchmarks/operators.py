@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssm_hf import ops
+from ssm_hf.ops.interval_attention import interval_attention, interval_attention_step
 from ssm_hf.ops.moe import moe_experts, moe_route
 from ssm_hf.ops.ssd.step import mamba2_step
 
@@ -349,6 +350,67 @@ def _route_work(s: Shape, item: int, backward: bool) -> Work:
     return Work(s["B"] * s["T"] * moved)
 
 
+def _intervals(s: Shape, rows: int) -> tuple[Tensor, Tensor]:
+    """Causal intervals of documents, within a `window` if there is one; of `percent` of the tokens,
+    chosen at random, if not of all."""
+    T, device = s["T"], DEVICE
+    high = torch.arange(T, device=device).expand(rows, -1)
+    low = torch.zeros_like(high)
+    if "documents" in s:
+        new = torch.diff(_documents({**s, "B": rows})["seq_idx"], dim=1, prepend=low[:, :1].int())
+        low = torch.where(new != 0, high, 0).cummax(dim=1).values
+    if "window" in s:
+        low = torch.maximum(low, high - (s["window"] - 1))
+    if "percent" in s:
+        generator = torch.Generator(device).manual_seed(s["percent"])
+        order = torch.rand(rows, T, device=device, generator=generator).argsort(dim=1)
+        chosen = order[:, : T * s["percent"] // 100].sort(dim=1).values
+        low, high = low.gather(1, chosen), high.gather(1, chosen)
+    return low.contiguous(), high.contiguous()
+
+
+def _draw_attention(s: Shape, dtype: torch.dtype) -> Inputs:
+    B, T, H, G, P = (s[k] for k in "BTHGP")
+    low, high = _intervals(s, B)
+    return {
+        "q": _normal(B, low.shape[1], H, P, dtype=dtype),
+        "k": _normal(B, T, G, P, dtype=dtype),
+        "v": _normal(B, T, G, P, dtype=dtype),
+        "low": low,
+        "high": high,
+    }
+
+
+def _attention_work(s: Shape, item: int, backward: bool) -> Work:
+    """Two products a pair of a query and a key that it sees, and five more for the gradients."""
+    B, T, H, G, P = (s[k] for k in "BTHGP")
+    low, high = _intervals(s, 1)
+    queries, pairs = low.shape[1], B * H * int((high - low + 1).sum())
+    moved = B * 2 * (queries * H + T * G) * P * item
+    cost = 1 if item == 2 else 6
+    if backward:
+        return Work(3 * moved, 14 * P * pairs * cost, 2 * pairs)
+    return Work(moved, 4 * P * pairs * cost, pairs)
+
+
+def _draw_attention_step(s: Shape, dtype: torch.dtype) -> Inputs:
+    """A cache of T slots that is full but for the token's own."""
+    B, T, H, G, P = (s[k] for k in "BTHGP")
+    return {
+        "q": _normal(B, H, P, dtype=dtype),
+        "k": _normal(B, G, P, dtype=dtype),
+        "v": _normal(B, G, P, dtype=dtype),
+        "keys": _normal(B, T, G, P, dtype=dtype),
+        "values": _normal(B, T, G, P, dtype=dtype),
+        "length": torch.full((B,), T - 1, device=DEVICE),
+    }
+
+
+def _attention_step_work(s: Shape, item: int, _: bool) -> Work:
+    B, T, H, G, P = (s[k] for k in "BTHGP")
+    return Work(2 * B * (T * G + H) * P * item, 0, B * T * H)
+
+
 def _forward(op: Callable[..., Any], **options: Any) -> Callable[[Inputs, str], Any]:
     return lambda inputs, impl: op(**inputs, **options, impl=impl)
 
@@ -416,6 +478,20 @@ OPERATORS = {
         ("projected",),
         ("projected", "conv_weight", "conv_bias", "A", "D", "dt_bias", "norm_weight", "out_weight"),
     ),
+    "interval_attention": Operator(
+        _draw_attention,
+        _forward(interval_attention),
+        _attention_work,
+        ("q", "k", "v", "low", "high"),
+        ("q", "k", "v"),
+    ),
+    "interval_attention_step": Operator(
+        _draw_attention_step,
+        _forward(interval_attention_step),
+        _attention_step_work,
+        ("q", "k", "v", "keys", "values", "length"),
+        (),
+    ),
     "moe_experts": Operator(
         _draw_experts,
         _forward(moe_experts),
@@ -478,6 +554,19 @@ GRID += [
     ("moe-batch-52b", "moe_experts", {"B": 32, "T": 1, "D": 4096, "I": 14336, "E": 16, "k": 2},
      BF16),
     ("moe-route", "moe_route", {"B": 8, "T": 2048, "E": 16, "k": 2}, BF16),
+]  # fmt: skip
+GRID += [
+    (f"attention-{name}", "interval_attention", {"B": 2, "T": 8192, "H": 12, "G": 12, "P": 64,
+     **more}, BF16)
+    for name, more in (
+        ("packed", {"documents": 8}), ("causal", {}), ("window", {"window": 2048}),
+        ("selected", {"window": 2048, "percent": 15}),
+    )
+]  # fmt: skip
+GRID += [
+    (f"attention-step-{B}", "interval_attention_step", {"B": B, "T": T, "H": 12, "G": 12, "P": 64},
+     BF16)
+    for B, T in ((1, 32768), (32, 2048))
 ]  # fmt: skip
 # Time against length, one row.
 GRID += [

@@ -293,6 +293,29 @@ def _experts_grouped() -> Run:
     return _of_tokens(grouped_mm_experts_forward)
 
 
+@_peer("interval_attention", "torch, sdpa with a mask")
+def _masked_attention() -> Run:
+    def run(q, k, v, low, high):
+        key = torch.arange(k.shape[1], device=q.device)
+        mask = (key >= low[..., None]) & (key <= high[..., None])
+        heads = (t.transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(*heads, attn_mask=mask[:, None]).transpose(1, 2)
+
+    return run
+
+
+@_peer("interval_attention_step", "torch, sdpa with a mask")
+def _masked_step() -> Run:
+    def run(q, k, v, keys, values, length):
+        rows = torch.arange(len(keys), device=q.device)
+        keys[rows, length], values[rows, length] = k, v
+        mask = torch.arange(keys.shape[1], device=q.device) <= length[:, None]
+        heads = (q[:, :, None], keys.transpose(1, 2), values.transpose(1, 2))
+        return F.scaled_dot_product_attention(*heads, attn_mask=mask[:, None, None])[:, :, 0]
+
+    return run
+
+
 class Autotuners:
     """The peers' Triton autotuners: candidates are compiled in parallel and measured briefly.
 

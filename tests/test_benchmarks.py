@@ -11,7 +11,7 @@ import torch
 from benchmarks import common, ops, peers, report
 from benchmarks.operators import GRID, OPERATORS
 
-SMALL = {"B": 2, "T": 20, "H": 8, "P": 4, "N": 8, "I": 32, "V": 50, "documents": 3}
+SMALL = {"B": 2, "T": 20, "H": 8, "G": 8, "P": 4, "N": 8, "I": 32, "V": 50, "documents": 3}
 HEADER = {
     "device": {"name": "some GPU", "type": "cuda", "processors": 132},
     "ceilings": {"copy_tb_s": 3.0, "bf16_tflop_s": 700.0},
@@ -48,6 +48,8 @@ NAMES = [
     "grid-conv-k3",
     "grid-gated-norm-g8",
     "add-norm-768",
+    "attention-packed",
+    "attention-selected",
 ]
 
 

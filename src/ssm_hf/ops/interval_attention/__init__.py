@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ssm_hf.ops.dispatch import HAS_TRITON, pick
 from ssm_hf.ops.interval_attention.reference import (
+    checked_scale,
     interval_attention_definition,
     interval_attention_torch,
 )
@@ -100,7 +101,7 @@ def interval_attention(
         triton=interval_attention_triton,
         unsupported=why_unsupported(q, k, v),
     )
-    return run(q, k, v, low, high, key_mask, checked_scale(scale, q))
+    return run(q, k, v, low, high, key_mask, checked_scale(scale, q.shape[-1]))
 
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -117,11 +118,3 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
             f"k must have at least one key, and a number of heads that divides q's {q.shape[2]}, "
             f"got shape {tuple(k.shape)}"
         )
-
-
-def checked_scale(scale: float | None, q: Tensor) -> float:
-    """The scale of the scores; raise `ValueError` unless it is positive."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if not scale > 0:
-        raise ValueError(f"scale must be positive, got {scale}")
-    return scale

@@ -59,3 +59,11 @@ def interval_attention_torch(
     heads_first = (t.to(dtype).transpose(1, 2) for t in (q, k, v))
     y = F.scaled_dot_product_attention(*heads_first, attn_mask=seen[:, None], scale=scale)
     return y.transpose(1, 2).masked_fill(blind[..., None, None], 0.0).to(q.dtype)
+
+
+def checked_scale(scale: float | None, head_dim: int) -> float:
+    """The scale of the scores; raise `ValueError` unless it is positive."""
+    found = 1 / math.sqrt(head_dim) if scale is None else scale
+    if not found > 0:
+        raise ValueError(f"scale must be positive, got {scale}")
+    return found

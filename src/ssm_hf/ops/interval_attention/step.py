@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ssm_hf.ops.dispatch import HAS_TRITON, pick
+from ssm_hf.ops.interval_attention.reference import checked_scale
 from ssm_hf.ops.launch import unsupported_dtypes
 from ssm_hf.ops.packing import compute_dtype, in_given_precision
 
@@ -88,9 +89,7 @@ def interval_attention_step(
         raise ValueError("keys and values must be contiguous: they are written in place")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 token, or None for all, got {window}")
-    scale = head_dim**-0.5 if scale is None else scale
-    if not scale > 0:
-        raise ValueError(f"scale must be positive, got {scale}")
+    factor = checked_scale(scale, head_dim)
     unsupported = unsupported_dtypes(q, k, v, keys, values)
     if head_dim > _MOST_DIMENSIONS:
         unsupported = (
@@ -105,7 +104,7 @@ def interval_attention_step(
         unsupported=unsupported,
     )
     window = slots if window is None else min(window, slots)
-    return run(q, k, v, keys, values, length, first, attend, store, window, scale)
+    return run(q, k, v, keys, values, length, first, attend, store, window, factor)
 
 
 @torch.no_grad()
