@@ -27,6 +27,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from ssm_hf.formats import (
     END_OF_TEXT,
+    LAYERS,
     LLAMA_END,
     MODELS,
     OurConfig,
@@ -158,7 +159,7 @@ def convert(
         dtype: of the written weights; those that `from_pretrained` keeps in fp32 (A_log, D,
             dt_bias, ...) keep theirs. None keeps all.
         A_activation: of Mamba-3's rates, `"heavy_tail"` or `"softplus"`, in place of what the files
-            say or what is assumed.
+            say or what is assumed; of no other model.
         overwrite: replace a checkpoint at `target`.
 
     Raises:
@@ -212,7 +213,7 @@ def convert_back(
     kind = _read_config(file).get("model_type")
     classes = [config for config in MODELS if config.model_type == kind]
     if not classes:
-        known = [config.model_type for config in MODELS]
+        known = [config.model_type for config in LAYERS]
         raise ValueError(f"{file} has model_type={kind!r}, mamba_ssm has models like {known}")
     config = classes[0].from_pretrained(source)
     written = to_mamba_ssm(config, str(file))
@@ -247,6 +248,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint at DST")
     given = parser.parse_args(arguments)
+    if given.back and (given.dtype or given.A_activation):
+        parser.error("--back writes what is there: it takes no --dtype and no --A_activation")
     try:
         if given.back:
             convert_back(given.src, given.dst, overwrite=given.overwrite)

@@ -113,7 +113,8 @@ _ATTENTION: _Options = {
 }
 # The only values of other options of attn_cfg.
 _ATTENTION_FIXED = {"causal": True, "mlp_dim": 0, "rotary_emb_interleaved": False}
-_LAYERS: dict[type[OurConfig], str] = {
+# What mamba_ssm calls the mixer of the models that it has too.
+LAYERS: dict[type[OurConfig], str] = {
     MambaConfig: "Mamba1",
     Mamba2Config: "Mamba2",
     Mamba3Config: "Mamba3",
@@ -147,6 +148,8 @@ _FLA_WITHOUT_EFFECT = {
 }
 _RENAMED = {"backbone.embedding.weight": "backbone.embeddings.weight"}
 _EMBEDDING, _HEAD = "backbone.embeddings.weight", "lm_head.weight"
+# Formats that need no conversion: transformers', and ours.
+_NATIVE, _OWN = ("mamba", "mamba2", "jamba"), ("mamba3", "ssm_hybrid", "taipan")
 # Of GPT-NeoX's tokenizer, with which mamba_ssm's Mamba-1 and Mamba-2 were trained.
 END_OF_TEXT = 0
 # Of Llama 3's, with which its Mamba-3 was trained.
@@ -161,7 +164,7 @@ def convert_config(
     Args:
         source: content of the file; missing fields have that library's defaults.
         origin: path of the file, for messages.
-        A_activation: of Mamba-3's rates, in place of what the file says.
+        A_activation: of Mamba-3's rates, in place of what the file says; of no other model.
 
     Returns:
         A config of ours; its vocab_size is the padded one, and where the file has no token ids they
@@ -176,8 +179,8 @@ def convert_config(
     kind = source.get("model_type")
     if kind == "mamba3" and source.keys() & {"is_mimo", "norm_eps", "fuse_norm"}:
         return _from_fla(source, origin, A_activation)
-    if kind in ("mamba", "mamba2", "mamba3") and "hidden_size" in source:
-        whose = "our" if kind == "mamba3" else "transformers'"
+    if kind in (*_NATIVE, *_OWN) and "hidden_size" in source:
+        whose = "our" if kind in _OWN else "transformers'"
         raise ValueError(
             f"{origin} is in {whose} {kind!r} format already: there is "
             "nothing to convert, load the directory with from_pretrained"
@@ -197,6 +200,8 @@ def _from_mamba_ssm(source: Mapping[str, Any], origin: str, A_activation: str | 
     layer = options.get("layer", "Mamba1")
     if layer not in _OPTIONS:
         raise ValueError(f"{origin}: ssm_cfg has layer={layer!r}, supported are {list(_OPTIONS)}")
+    if A_activation is not None and layer != "Mamba3":
+        raise ValueError(f"{origin}: A_activation={A_activation!r} is not an option of {layer}")
     _refuse_inexpressible("rms_norm", fields["rms_norm"], origin)
     hybrid = bool(fields["attn_layer_idx"]) or (layer != "Mamba3" and fields["d_intermediate"] != 0)
 
@@ -268,6 +273,8 @@ def _hybrid_from_mamba_ssm(
         mixer = _mamba3_values(mixer, origin, A_activation or mixer["A_activation"])
     by_kind: dict[str, Any] = {kind: mixer}
     places = fields["attn_layer_idx"]
+    if not isinstance(places, list | tuple):
+        raise ValueError(f"{origin}: attn_layer_idx must be a list, got {places!r}")
     if places:
         if any(i not in range(layers) for i in places) or len(set(places)) != len(places):
             raise ValueError(
@@ -275,6 +282,8 @@ def _hybrid_from_mamba_ssm(
                 f"{places}"
             )
         given = fields["attn_cfg"]
+        if not isinstance(given, Mapping):
+            raise ValueError(f"{origin}: attn_cfg must be an object, got {given!r}")
         for key, value in given.items():
             if key in _ATTENTION_FIXED and value == _ATTENTION_FIXED[key]:
                 continue
@@ -364,11 +373,11 @@ def to_mamba_ssm(config: OurConfig, origin: str = "config.json") -> dict[str, An
     Raises:
         ValueError: the model has an option that mamba_ssm has not; it is named.
     """
-    if type(config) not in _LAYERS:
+    if type(config) not in LAYERS:
         raise ValueError(
             f"{origin}: the way back to mamba_ssm is not made for {config.model_type!r}"
         )
-    layer = _LAYERS[type(config)]
+    layer = LAYERS[type(config)]
     values = {**config.to_dict(), "is_mimo": getattr(config, "mimo_rank", 1) > 1}
     options = {key: values[ours] for key, (ours, _) in _OPTIONS[layer].items()}
     written = {

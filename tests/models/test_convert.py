@@ -477,3 +477,17 @@ def test_command_line_ends_with_the_reason(tmp_path: Path) -> None:
     source = write(tmp_path / "src", config, state_dict_of("Mamba1"))
     with pytest.raises(SystemExit, match=r"ssm_hf\.convert: .*layer='S4'"):
         main([str(source), str(tmp_path / "dst")])
+
+
+def test_options_without_effect_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write(tmp_path / "src", config_of("Mamba2"), state_dict_of("Mamba2"))
+    names = [str(source), str(tmp_path / "dst")]
+    with pytest.raises(SystemExit, match="A_activation='softplus' is not an option of Mamba2"):
+        main([*names, "--A_activation", "softplus"])
+    for given in (["--dtype", "bfloat16"], ["--A_activation", "softplus"]):
+        with pytest.raises(SystemExit):
+            main([*names, "--back", *given])
+        assert "--back writes what is there" in capsys.readouterr().err
+    assert not (tmp_path / "dst").exists()

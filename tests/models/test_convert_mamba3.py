@@ -242,7 +242,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({**OFFICIAL, "ssm_cfg": {**MIMO, "A_activation": "relu"}}, "A_activation.*'relu'"),
     ({**FLA, "expend": 2}, "unknown option expend=2"),
     ({**FLA, "rope_fraction": 0.3}, r"rope_fraction.*0\.3"),
+    ({**OFFICIAL, "attn_layer_idx": 1}, "attn_layer_idx must be a list, got 1"),
+    ({**OFFICIAL, "attn_layer_idx": [1], "attn_cfg": None}, "attn_cfg must be an object, got None"),
     (tiny("mamba3").to_dict(), "in our 'mamba3' format already"),
+    (tiny("ssm_hybrid").to_dict(), "in our 'ssm_hybrid' format already"),
+    (tiny("taipan").to_dict(), "in our 'taipan' format already"),
+    (tiny("jamba").to_dict(), "in transformers' 'jamba' format already"),
 ]
 
 

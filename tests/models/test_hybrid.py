@@ -501,7 +501,7 @@ def test_released_mamba2attn_has_the_published_size() -> None:
             "rotary_emb_interleaved=True in attn_cfg",
         ),
         (
-            {"attn_cfg": {"causal": True, "num_heads": 3, "num_heads_kv": 2}},
+            {"attn_cfg": {"causal": True, "num_heads": 4, "num_heads_kv": 3}},
             "must divide num_heads",
         ),
         ({"rms_norm": False}, "rms_norm=False.*cannot express"),
