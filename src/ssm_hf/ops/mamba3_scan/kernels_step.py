@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import libdevice
 
+from ssm_hf.ops.causal_conv1d.kernels_step import silu
 from ssm_hf.ops.kernels_overlap import wait_for_previous
-from ssm_hf.ops.mamba3_scan.kernels import sigmoid
 from ssm_hf.ops.mamba3_scan.kernels_prepare import tanh
 from ssm_hf.ops.ssd.kernels import softplus
 
@@ -104,7 +104,7 @@ def mamba3_step_kernel(
     share = 1.0
     angles = dt_base + 2 * heads
     if TRAPEZOID:
-        share = sigmoid(tl.load(dt_base + 2 * heads + head).to(tl.float32), FAST)
+        share = 1.0 / (1.0 + tl.exp(-tl.load(dt_base + 2 * heads + head).to(tl.float32)))
         angles = dt_base + 3 * heads
 
     cos, sin, partner = 1.0, 0.0, n
@@ -180,7 +180,7 @@ def mamba3_step_kernel(
         gate = z
         if mz_ptr is not None:
             gate = z * tl.load(mz_ptr + at_m, mask=p_in, other=0.0).to(tl.float32)
-        of_rank *= gate * sigmoid(gate, FAST)
+        of_rank *= silu(gate)
         if mo_ptr is not None:
             of_rank *= tl.load(mo_ptr + at_m, mask=p_in, other=0.0).to(tl.float32)
         y += of_rank
