@@ -81,12 +81,13 @@ def test_kernels_bear_all_tokens_at_one_expert() -> None:
 # Rows of pads hold what was in memory; products of theirs are not stored.
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
-@pytest.mark.parametrize("offset", [0, 1])
-@pytest.mark.parametrize("gated", [True, False], ids=["gated", "ungated"])
+@pytest.mark.parametrize(("gated", "more", "offset"), [
+    (True, 0, 0), (False, 0, 0), (True, 8, 0), (True, 0, 1),
+])  # fmt: skip
 def test_kernels_read_weights_by_descriptors(
-    gated: bool, offset: int, monkeypatch: pytest.MonkeyPatch
+    gated: bool, more: int, offset: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where their addresses allow it."""
+    """Where addresses and sizes allow it; `more` columns than blocks divide."""
     tuned = launch.tuned
     made = []
 
@@ -101,16 +102,19 @@ def test_kernels_read_weights_by_descriptors(
     describe = launch.described
     monkeypatch.setattr(launch, "tuned", wanted)
     monkeypatch.setattr(launch, "described", described)
-    sizes = dict.fromkeys(("size", "inner", "out"), 128 if DEVICE.type == "cuda" else 32)
-    leaves, experts = _draw(20, 2, 2, **sizes, gated=gated, dtype=torch.float16)
+    size = 128 if DEVICE.type == "cuda" else 32
+    leaves, experts = _draw(
+        20, 2, 2, size=size, inner=size + more, out=size, gated=gated, dtype=torch.float16
+    )
     for name in ("w_in", "w_out"):  # as views of one flat tensor
         flat = torch.cat((leaves[name].new_zeros(offset), leaves[name].detach().flatten()))
         leaves[name] = flat[offset:].view(leaves[name].shape).requires_grad_()
     experts[::5] = 2
     # 11 bits of the inputs, the hidden layer and the output
     assert_same(leaves, experts, 2**-9, gated=gated, impl="triton")
-    # Each product but those of the weights' gradients has one of weights; two sorted rows as well.
-    assert made == ([] if offset else [0] * 6)
+    # Each product but those of the weights' gradients has one of weights; two have one of sorted
+    # rows as well, which no block divides where there is `more`.
+    assert made == [0] * (0 if offset else 2 if more else 6)
 
 
 def test_compiling_ahead_tells_descriptors_apart() -> None:

@@ -432,6 +432,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     x, experts, weights, w_in, w_out, ctx.activation, ctx.gated, _, _ = inputs
     _, order, totals, pre, in_kept, out_kept = output
     ctx.mark_non_differentiable(order, totals, pre, in_kept, out_kept)
+    ctx.set_materialize_grads(False)  # zeros of pre are as much memory as pre itself
     ctx.dtypes = (w_in.dtype, w_out.dtype)
     w_in = in_kept if in_kept.numel() else w_in
     w_out = out_kept if out_kept.numel() else w_out

@@ -232,6 +232,7 @@ def _(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, experts, weights, w_in, w_out, ctx.activation, ctx.gated, ctx.dtype, _ = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # zeros of pre are as much memory as pre itself
     ctx.save_for_backward(x, experts, weights, w_in, w_out, output[1])
 
 
