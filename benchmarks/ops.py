@@ -154,6 +154,11 @@ def measure(
         calls["fwdbwd"] = [functools.partial(both, s, d) for s, d in zip(sets, dys, strict=True)]
     for key, runs in calls.items():
         found[f"{key}_wall_ms"] = common.wall_ms(runs[0], seconds)
+        # What fails in a capture may leave torch's generator there, and nothing draws after it.
+        if getattr(getattr(run, "peer", run), "waits", False):
+            found[f"{key}_device_ms"] = common.profiled_ms(runs[0])
+            found[f"{key}_no_graph"] = "waits for the GPU"
+            continue
         try:
             found[f"{key}_device_ms"] = common.device_ms(runs, seconds)
         except RuntimeError as error:  # a peer that waits for the GPU cannot be captured

@@ -283,7 +283,9 @@ def _experts_eager() -> Run:
     from transformers.models.jamba.modeling_jamba import JambaExperts
 
     # The module's own loop stands inside a decorator that chooses another implementation.
-    return _of_tokens(inspect.unwrap(JambaExperts.forward))
+    run: Any = _of_tokens(inspect.unwrap(JambaExperts.forward))
+    run.waits = True  # for the GPU, to learn which experts are hit
+    return run
 
 
 @_peer("moe_experts", "transformers, grouped_mm")
