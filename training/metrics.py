@@ -29,13 +29,21 @@ def heldout_loss(
 
     Returns:
         `heldout_bits_per_byte`: total negative log-likelihood over n_bytes * ln 2, comparable
-        across tokenizers; `heldout_nats_per_token`: the same over the number of predicted tokens.
+        across tokenizers; `heldout_nats_per_token`: the same over the number of predicted tokens;
+        of models with selective attention `heldout_gate_fraction`, the mean share of the tokens
+        that a layer selects without noise, which need not be that of the training.
     """
     model.eval()
     nats, tokens = 0.0, 0
+    shares: list[Tensor] = []
+    config = getattr(accelerator.unwrap_model(model, keep_torch_compile=False), "config", None)
+    options = {"output_gates": True} if hasattr(config, "output_gates") else {}
     for batch in loader:
         labels = batch.pop("labels")[:, 1:]
-        logits = model(**batch, use_cache=False).logits[:, :-1].float()
+        output = model(**batch, use_cache=False, **options)
+        logits = output.logits[:, :-1].float()
+        if options:
+            shares.append(output.gate_fractions.mean())
         losses = F.cross_entropy(
             logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
         )
@@ -46,10 +54,14 @@ def heldout_loss(
         nats += row_nats.double().sum().item()
         tokens += int(row_tokens.sum())
     model.train()
-    return {
+    figures = {
         "heldout_bits_per_byte": nats / math.log(2) / n_bytes,
         "heldout_nats_per_token": nats / tokens,
     }
+    if shares:
+        share = accelerator.reduce(torch.stack(shares).mean(), "mean")
+        figures["heldout_gate_fraction"] = float(share)  # pyright: ignore[reportArgumentType]
+    return figures
 
 
 @torch.no_grad()

@@ -325,8 +325,10 @@ def train(run: Run, batches: Iterator[Batch], state: TrainerState, meter: Meter)
         lr = config.optimizer.lr * factor
         for group in run.optimizer.param_groups:
             group["lr"] = lr
-        tell_progress(run, progress)
-        result = train_step(run, batches)
+        count = run.accelerator.gradient_accumulation_steps
+        micro_batches = [next(batches) for _ in range(count)]
+        tell_progress(run, state, progress)
+        result = train_step(run, micro_batches)
         state.step += 1
         state.samples += config.batch_size
         state.tokens += config.batch_size * config.data.seq_len
@@ -374,16 +376,22 @@ def shared_progress(run: Run, state: TrainerState) -> float:
     return float(broadcast(clock))
 
 
-def tell_progress(run: Run, progress: float) -> None:
-    """Some models have schedules of their own, which go by the share of the run that is done."""
-    model = run.accelerator.unwrap_model(run.model, keep_torch_compile=False)
+def tell_progress(run: Run, state: TrainerState, progress: float) -> None:
+    """Some models have schedules of their own, which go by the share of the run that is done, and
+    draw at random: by the step, so that a resumed run draws what one without interruption does."""
+    accelerator = run.accelerator
+    model = accelerator.unwrap_model(run.model, keep_torch_compile=False)
     tell = getattr(model, "set_training_progress", None)
+    if tell is None:
+        return
     # Where the model now launches something else, what was captured is no longer its pass.
-    if tell is not None and tell(progress) and run.graphed is not None:
+    if tell(progress) and run.graphed is not None:
         run.graphed.forget()
+    step = run.config.seed * 1_000_003 + state.step
+    torch.manual_seed(step * accelerator.num_processes + accelerator.process_index)
 
 
-def train_step(run: Run, batches: Iterator[Batch]) -> Tensor:
+def train_step(run: Run, micro_batches: list[Batch]) -> Tensor:
     """One optimiser step over the whole batch, launched but not waited for.
 
     Returns:
@@ -391,7 +399,6 @@ def train_step(run: Run, batches: Iterator[Batch]) -> Tensor:
         target, and of other figures the means over micro-batches by their targets.
     """
     accelerator = run.accelerator
-    micro_batches = [next(batches) for _ in range(accelerator.gradient_accumulation_steps)]
     counts = torch.stack([(batch["labels"] != IGNORED).sum() for batch in micro_batches])
     # Each micro-batch's mean loss weighs as much as it has targets, so the step is the same however
     # the batch is cut.

@@ -35,8 +35,8 @@ def texts(tmp_path):
 
 @pytest.fixture
 def model_config(request, tmp_path):
-    """A Mamba-2 or, by an indirect parameter, a Mamba-3 ("mamba3"), a hybrid ("ssm_hybrid") or a
-    Jamba ("jamba")."""
+    """A Mamba-2 or, by an indirect parameter, a Mamba-3 ("mamba3"), a hybrid ("ssm_hybrid"), a
+    Jamba ("jamba") or a Taipan ("taipan")."""
     common = {
         "hidden_size": 32,
         "num_hidden_layers": 2,
@@ -71,6 +71,14 @@ def model_config(request, tmp_path):
             **common, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2,
             attn_layer_period=2, attn_layer_offset=1, expert_layer_period=1, expert_layer_offset=0,
             num_experts=4, num_experts_per_tok=2, mamba_dt_rank=4, output_router_logits=True,
+        )  # fmt: skip
+    elif kind == "taipan":
+        for name in ("head_dim", "state_size", "n_groups", "chunk_size", "num_hidden_layers"):
+            del common[name]
+        config = ssm_hf.TaipanConfig(
+            **common, intermediate_size=64, num_mamba_layers=2, sal_period=1, mamba_d_head=16,
+            mamba_d_state=16, mamba_chunk_size=16, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=8, sliding_window=9, gate_estimator="sparse", gate_dense_until=0.4,
         )  # fmt: skip
     elif kind == "mamba3":
         config = ssm_hf.Mamba3Config(**common, intermediate_size=64, mimo_rank=2)

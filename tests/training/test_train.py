@@ -114,7 +114,9 @@ def pieces_nats(model: torch.nn.Module, ids: list[int], first: int, room: int) -
     return nats
 
 
-@each_model
+@pytest.mark.parametrize(
+    "model_config", ["mamba2", "mamba3", "ssm_hybrid", "taipan"], indirect=True
+)
 def test_resumed_run_ends_like_one_without_interruption(recipe, tmp_path):
     whole = weights(run(recipe))
     run_dir = tmp_path / "run"
@@ -210,6 +212,31 @@ def test_figures_of_routers_are_logged(recipe, tmp_path):
         assert parts[name] == pytest.approx(float(mean), rel=1e-5)  # fp32 sums in another order
     # Loads of the parts are at least as uneven as that of the whole.
     assert parts["expert_load_max"] >= first["expert_load_max"] * (1 - 1e-5)
+
+
+@pytest.mark.parametrize("model_config", ["taipan"], indirect=True)
+def test_gates_follow_the_run_and_their_figures_are_logged(recipe):
+    seen = []
+    tell = ssm_hf.TaipanForCausalLM.set_training_progress
+
+    def record(self, progress):
+        changed = tell(self, progress)
+        seen.append((progress, float(self.model.progress), changed))
+        return changed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ssm_hf.TaipanForCausalLM, "set_training_progress", record)
+        run_dir = run(recipe)
+    steps = [step / 6 for step in range(6)]
+    assert [progress for progress, _, _ in seen] == pytest.approx(steps)
+    assert [held for _, held, _ in seen] == pytest.approx(steps)
+    assert [changed for _, _, changed in seen] == [False, False, False, True, False, False]
+    for event in events(run_dir, "train"):
+        assert 0 <= event["gate_fraction_min"] <= event["gate_fraction"]
+        assert event["gate_fraction"] <= event["gate_fraction_max"] <= 1
+        assert event["capacity_loss"] >= 0
+    for event in events(run_dir, "eval"):
+        assert 0 <= event["heldout_gate_fraction"] <= 1
 
 
 def test_bf16_autocast_trains_fp32_weights(recipe):
