@@ -157,15 +157,16 @@ def other_cases(cases: dict[str, dict[str, Record]], listed: set[str]) -> tuple[
 
 def model_targets(records: dict[str, list[Record]], targets: Record) -> str:
     """Training, generation, prefill, memory and start-up against their aims."""
-    everything = latest(r for name, rs in records.items() if name != "ops" for r in rs)
+    everything = [r for name, rs in records.items() if name != "ops" for r in rs]
     rows = []
     for row in targets["models"]:
         measure, higher = row["measure"], row["better"] == "higher"
         values: dict[bool, dict[str, float]] = {True: {}, False: {}}
-        found = everything.get(row.get("case", row["id"]), {})
+        # Not every run measured everything.
+        having = latest(r for r in everything if measure in r["values"])
+        found = having.get(row.get("case", row["id"]), {})
         for label, r in found.items():
-            if measure in r["values"]:
-                values[r["provider"] == "ssm_hf"][label] = r["values"][measure]
+            values[r["provider"] == "ssm_hf"][label] = r["values"][measure]
         best = {
             side: (max if higher else min)(v, key=lambda k: v[k]) if v else None
             for side, v in values.items()
