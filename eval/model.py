@@ -151,9 +151,7 @@ def describe_model(name: str, loaded: LoadedModel) -> dict[str, Any]:
     `state_bytes_per_token` the part that grows (0 for recurrent models).
     """
     model, config = loaded.model, loaded.model.config
-    # Some caches grow in powers of two from 64 tokens on; these two lengths fill them.
-    limit = length_limit(config)
-    tokens = 64 if limit is None or limit >= 128 else 4
+    tokens = _filling(config)
     short, long = _cache_of(model, tokens), _cache_of(model, 2 * tokens)
     few, more = cache_bytes(short), cache_bytes(long)
     per_token = (more - few) // tokens
@@ -269,9 +267,20 @@ def _weights_hash(name: str, model: PreTrainedModel) -> str:
 
 
 @torch.no_grad()
+def _filling(config: PreTrainedConfig) -> int:
+    """Return a number of tokens that leaves no slot of a cache empty, nor does its double.
+
+    Some caches grow in powers of two from 64 tokens on, and no further than a window.
+    """
+    window = getattr(config, "sliding_window", None) or 0
+    tokens = 1 << (max(64, window) - 1).bit_length()
+    limit = length_limit(config)
+    return tokens if limit is None or limit >= 2 * tokens else 4
+
+
 def _cache_of(model: PreTrainedModel, tokens: int) -> Any:
     ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
-    return model(input_ids=ids, use_cache=True).past_key_values
+    return model.base_model(input_ids=ids, use_cache=True).past_key_values
 
 
 def cache_bytes(cache: Any) -> int:

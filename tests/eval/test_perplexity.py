@@ -79,6 +79,22 @@ def test_attention_models_are_scored_and_described_too(tmp_path: Path) -> None:
     assert (facts["state_bytes"], facts["state_bytes_per_token"]) == (0, 2 * 2 * 2 * 8 * 4)
 
 
+def test_what_a_window_bounds_does_not_count_as_growing(tmp_path: Path) -> None:
+    config = ssm_hf.HybridConfig(
+        vocab_size=264,
+        hidden_size=32,
+        blocks=["mamba2", {"type": "sliding_attention", "num_heads": 4, "window": 100}],
+        options={"mamba2": {"head_dim": 8}},
+    )
+    ssm_hf.HybridForCausalLM(config).save_pretrained(tmp_path)
+    ssm_hf.byte_tokenizer().save_pretrained(tmp_path)
+    hybrid = load_model(str(tmp_path), dtype="float32", device="cpu", prefix="auto")
+    facts = describe_model(str(tmp_path), hybrid)
+    assert facts["state_bytes_per_token"] == 0
+    # Keys and values of the window, 4 heads of 8, 4 bytes each.
+    assert facts["state_bytes"] > 100 * 2 * 4 * 8 * 4
+
+
 def test_windows_forget_what_lies_before_them(loaded: LoadedModel) -> None:
     ids = loaded.encode(TEXTS[2])
     (score,) = score_tokens(loaded.model, [ids], window=20, stateful=False, batch_size=4)
