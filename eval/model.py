@@ -266,7 +266,6 @@ def _weights_hash(name: str, model: PreTrainedModel) -> str:
     return f"sha256 {hashlib.sha256(digests.encode()).hexdigest()[:16]}"
 
 
-@torch.no_grad()
 def _filling(config: PreTrainedConfig) -> int:
     """Return a number of tokens that leaves no slot of a cache empty, nor does its double.
 
@@ -278,6 +277,7 @@ def _filling(config: PreTrainedConfig) -> int:
     return tokens if limit is None or limit >= 2 * tokens else 4
 
 
+@torch.no_grad()
 def _cache_of(model: PreTrainedModel, tokens: int) -> Any:
     ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
     return model.base_model(input_ids=ids, use_cache=True).past_key_values
