@@ -520,8 +520,8 @@ def ssd_fwd_kernel(
 
         leaving = (x.to(tl.float32) * to_exit[:, None]).to(dot_type)
         S = S * whole + tl.dot(tl.trans(leaving), B, input_precision=PRECISION)
-        # Used here, the product is waited for here. Still running when the next step begins, it would
-        # make ptxas wait after every single instruction of all four products.
+        # Used here, the product is waited for here. If it still ran when the next step began, ptxas
+        # would wait after every single instruction of all four products.
         S += 0.0
 
         if D_ptr is not None and D_PER_CHANNEL:
