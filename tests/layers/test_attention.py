@@ -195,7 +195,7 @@ def test_kernels_of_ours_continue_a_cache(window: int | None) -> None:
     assert relative_error(torch.cat(parts, dim=1).cpu()[mask], whole[mask]) < 1e-5
 
 
-@pytest.mark.parametrize("stated", ["eager", "sdpa", "ssm_hf", None])
+@pytest.mark.parametrize("stated", ["eager", "sdpa", "ssm_hf", "interval_attention", None])
 def test_a_stated_implementation_is_obeyed(
     stated: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,7 +213,22 @@ def test_a_stated_implementation_is_obeyed(
         mixer(_x(3, 9).float().to(device), packed, cache)
         mixer(_x(3, 1).float().to(device), SequenceInfo(), cache)
     own = ["interval_attention", "interval_attention_step"]
-    assert ran == (own if stated in ("ssm_hf", None) else [])
+    assert ran == ([] if stated in ("eager", "sdpa") else own)
+
+
+def test_kernels_of_ours_run_on_request() -> None:
+    """By name, without a context around the call; plainly causal rows and steps too."""
+    device = kernel_device()
+    stated = SimpleNamespace(_attn_implementation="interval_attention")
+    mixer, cache = _mixer(config=stated).float().to(device), _cache()
+    expected = _mixer()(x := _x(2, 9), SequenceInfo())
+    with torch.no_grad():
+        parts = [
+            mixer(part.float().to(device), SequenceInfo(), cache) for part in x.split([8, 1], 1)
+        ]
+    assert relative_error(torch.cat(parts, dim=1).cpu(), expected) < 1e-5
+    with pytest.raises(ImplementationUnavailableError, match="float64"):
+        mixer.double()(x.to(device), SequenceInfo())
 
 
 def test_kernels_of_ours_are_refused_where_they_cannot_run() -> None:

@@ -49,6 +49,8 @@ from ssm_hf.sequence import SequenceInfo
 # The implementation that models take where none is stated: kernels of ours for packed, padded and
 # windowed rows and for single tokens, `sdpa` for the rest.
 OWN_ATTENTION = "ssm_hf"
+# Those kernels for all rows, on request: an error where they cannot run.
+INTERVALS = "interval_attention"
 # Queries that share one piece of a mask along a window.
 _PIECE = 1024
 
@@ -69,8 +71,8 @@ class AttentionMixer(Mixer):
         scaling: of the scores; None = d^-0.5.
         dropout: of the attention weights, in training.
         config: its `_attn_implementation` chooses among `ssm_hf` (see `OWN_ATTENTION`), `eager`,
-            `sdpa`, `flex_attention` and the flash attentions at every call; None = `ssm_hf`.
-            One-token steps take `sdpa` in place of the last two.
+            `interval_attention`, `sdpa`, `flex_attention` and the flash attentions at every call;
+            None = `ssm_hf`. One-token steps take `sdpa` in place of the last two.
         layer_idx: place in the cache.
 
     Raises:
@@ -234,10 +236,11 @@ class AttentionMixer(Mixer):
     ) -> Tensor:
         """q (B, T, H, d) over the new keys and values (B, T, G, d), and the cached ones if any."""
         name = self._implementation()
-        if name != OWN_ATTENTION:
+        if name not in (OWN_ATTENTION, INTERVALS):
             return self._attend_by(name, q, k, v, seq, own, state)
         by_torch = partial(self._attend_by, "sdpa")
-        if seq.mask is None and seq.seq_idx is None and state is None and not self._banded(q):
+        plain = seq.mask is None and seq.seq_idx is None and state is None
+        if plain and name == OWN_ATTENTION and not self._banded(q):
             # Plainly causal: what torch's fused kernels are made for.
             return by_torch(q, k, v, seq, own, state)
         run = self._own_or(by_torch, self._attend_intervals_of, q, k, v)
@@ -254,7 +257,7 @@ class AttentionMixer(Mixer):
             unsupported = "its kernels drop no attention weights out"
         return pick(
             "interval_attention",
-            "auto",
+            "triton" if self._implementation() == INTERVALS else "auto",
             q.device,
             reference=by_torch,
             triton=by_kernels,
@@ -276,7 +279,9 @@ class AttentionMixer(Mixer):
         make = lambda: columns(own, seq.mask, seen, cached)  # noqa: E731
         key = ("columns", self.window, q.device)
         low, high, real = make() if state is not None else shared_fact(seq, key, make)
-        return interval_attention(q, k, v, low, high, key_mask=real, scale=self.scaling)
+        return interval_attention(
+            q, k, v, low, high, key_mask=real, scale=self.scaling, impl="triton"
+        )
 
     def _attend_by(
         self,
@@ -349,6 +354,7 @@ class AttentionMixer(Mixer):
                 held["length"],
                 window=self.window,
                 scale=self.scaling,
+                impl="triton",
             )
             layer.write({"length": held["length"] + 1})
             return y[:, None]
@@ -357,7 +363,7 @@ class AttentionMixer(Mixer):
         differentiable = torch.is_grad_enabled() and any(
             t.requires_grad for t in (q, k, v, held["keys"], held["values"])
         )
-        if differentiable or self._implementation() != OWN_ATTENTION:
+        if differentiable or self._implementation() not in (OWN_ATTENTION, INTERVALS):
             return by_torch()
         return self._own_or(by_torch, by_kernels, q, held["keys"], held["values"])()
 

@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from ssm_hf.cache import KVLayer, RecurrentCache, State
-from ssm_hf.layers.attention import OWN_ATTENTION, SelfAttention, replay_counts
+from ssm_hf.layers.attention import (
+    INTERVALS,
+    OWN_ATTENTION,
+    SelfAttention,
+    replay_counts,
+)
 from ssm_hf.layers.attention_mask import (
     EMPTY,
     Places,
@@ -339,7 +344,7 @@ class SelectiveAttention(SelfAttention):
 
     def _impl(self) -> str:
         """Our kernels where they can run, unless another implementation is stated."""
-        return "auto" if self._implementation() == OWN_ATTENTION else "reference"
+        return {OWN_ATTENTION: "auto", INTERVALS: "triton"}.get(self._implementation(), "reference")
 
     def _step(
         self,

@@ -16,7 +16,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ssm_hf.cache import RecurrentCache
 from ssm_hf.generation import current_session
-from ssm_hf.layers.attention import OWN_ATTENTION
+from ssm_hf.layers.attention import INTERVALS, OWN_ATTENTION
 from ssm_hf.layers.mixer import Sublayer, all_plain, has_own_forward, reset_linear
 from ssm_hf.layers.moe import take_routings
 from ssm_hf.layers.norm import RMSNorm
@@ -139,8 +139,8 @@ class SSMPreTrainedModel(PreTrainedModel):
         self, requested_attention: str | None, is_init_check: bool = False
     ) -> str:
         """The implementation of attention: `ssm_hf` unless another one is stated."""
-        if self._supports_sdpa and requested_attention in (None, OWN_ATTENTION):
-            return OWN_ATTENTION
+        if self._supports_sdpa and requested_attention in (None, OWN_ATTENTION, INTERVALS):
+            return requested_attention or OWN_ATTENTION
         return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
     @classmethod
