@@ -163,6 +163,26 @@ def test_replayed_pass_equals_the_eager_one(pair, checkpointed: bool) -> None:
         model.zero_grad()
 
 
+def test_replays_draw_new_noise_and_the_same_after_the_same_seed() -> None:
+    model = TaipanForCausalLM(tiny("taipan", gumbel_noise=1.0)).train().cuda()
+
+    def run(batch, share):
+        out = model(**batch, use_cache=False, return_logits=False)
+        (out.loss * share).backward()
+        return out.gate_fractions.mean()
+
+    ids = torch.randint(3, 96, (4, 50)).cuda()
+    graphed, share = GraphedPass(run, model.parameters()), torch.ones((), device="cuda")
+    shares = []
+    for seed in (1, 2, 1):
+        torch.manual_seed(seed)
+        batch = {"input_ids": ids, "labels": ids}
+        shares += [float(graphed(batch, share, is_first=True)) for _ in range(3)]
+    assert len(set(shares[:3])) > 1
+    assert shares[:3] != shares[3:6]
+    assert shares[:3] == shares[6:]
+
+
 def test_kernels_compiled_ahead_are_the_ones_that_run(pair) -> None:
     _, model = pair
     ids = torch.randint(3, 96, (2, 33)).cuda()

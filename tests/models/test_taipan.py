@@ -158,6 +158,22 @@ def test_sparse_estimator_may_begin_dense() -> None:
     assert not attention.dense
 
 
+def test_gates_may_begin_open() -> None:
+    """All real tokens are selected then, and alpha alone hears from the loss."""
+    model, ids = _model(gate_open_until=0.3, gumbel_noise=1.0).train(), _ids(2, 24)
+    mask = torch.ones(2, 24, dtype=torch.long)
+    mask[0, :5] = 0
+    assert not model.set_training_progress(0.1)
+    out = model(ids, attention_mask=mask, labels=ids)
+    assert torch.equal(out.gates[0].selected, mask.bool())
+    assert not out.gates[0].weight.requires_grad
+    out.loss.backward()
+    assert model.model.layers[-1].gate.weight.grad.abs().max() > 0
+    assert 0 < float(model.eval()(ids, output_gates=True).gate_fractions) < 1
+    assert model.train().set_training_progress(0.3)
+    assert 0 < float(model(ids).gate_fractions) < 1
+
+
 def test_training_meets_the_budget_and_so_does_evaluation_once_calibrated() -> None:
     """Tokens are to be copied from 5 places before, in one of 6 positions; 300 steps."""
     torch.manual_seed(0)
@@ -332,6 +348,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"gumbel_tau": 0.0}, "gumbel_tau must be positive, got 0.0"),
     ({"gumbel_noise": -0.5}, "gumbel_noise must be 0 or more"),
     ({"gate_dense_until": 2.0}, r"gate_dense_until must lie in \[0, 1\]"),
+    ({"gate_open_until": -0.5}, r"gate_open_until must lie in \[0, 1\]"),
     ({"gate_eval_threshold": [0.1, 0.2]}, "one for each of the 5 attention layers, got 2"),
     ({"sal_gate_hidden": 0}, "sal_gate_hidden must be at least 1"),
     ({"num_attention_heads": 6, "num_key_value_heads": 4}, "num_kv_heads must divide num_heads"),

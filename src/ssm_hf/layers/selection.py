@@ -47,6 +47,9 @@ class SelectionGate(Sublayer):
             probability, others that of being selected.
         threshold: see above.
 
+    Attributes:
+        is_open: in training every real token is selected, and alpha alone learns from the loss.
+
     Source: Nguyen et al. 2024, "Taipan"; Jang et al. 2017 (Gumbel softmax, straight through).
     """
 
@@ -63,6 +66,7 @@ class SelectionGate(Sublayer):
     ) -> None:
         super().__init__()
         self.estimator = estimator
+        self.is_open = False
         self.initial_threshold = threshold
         self.hidden = None
         if inner_size is not None:
@@ -104,6 +108,9 @@ class SelectionGate(Sublayer):
         if not self.training:
             selected = margin > self.threshold
             weight = selected.to(margin.dtype)
+        elif self.is_open:
+            weight = torch.ones_like(margin)
+            selected = weight.bool()
         else:
             z = (margin if noise is None else margin + noise.to(margin.dtype)) / tau
             selected = z > 0

@@ -58,6 +58,8 @@ class TaipanConfig(NativeConfigMixin):
             those not selected learn too; `"sparse"` of the selected ones, unselected tokens hear of
             the budget alone; `"paper"` as sparse, with the gradient as the paper writes it.
         gate_dense_until: share of the training in which `"sparse"` is dense.
+        gate_open_until: share of the training in which all tokens are selected, as in a model with
+            plain attention, so that attention is of use before gates decide about it.
         gate_eval_threshold: without noise, a token is selected if its scores differ by more: of all
             gates, or a list, see `TaipanForCausalLM.calibrate_threshold`.
         use_rope: rotate queries and keys by their positions.
@@ -122,6 +124,7 @@ class TaipanConfig(NativeConfigMixin):
     gumbel_anneal_start: float = 0.8
     gate_estimator: str = "dense"
     gate_dense_until: float = 0.0
+    gate_open_until: float = 0.0
     gate_eval_threshold: float | list[float] = 0.0
     use_rope: bool = False
     rope_theta: float = 10000.0
@@ -265,7 +268,8 @@ class TaipanConfig(NativeConfigMixin):
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if not self.gumbel_tau > 0:
             raise ValueError(f"gumbel_tau must be positive, got {self.gumbel_tau}")
-        for name in ("gumbel_anneal_start", "gate_dense_until", "capacity_ramp_start"):
+        for name in ("gumbel_anneal_start", "gate_dense_until", "gate_open_until",
+                     "capacity_ramp_start"):  # fmt: skip
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
         if not self.capacity_ramp_start <= self.capacity_ramp_end <= 1:

@@ -92,6 +92,7 @@ class TaipanBlock(GradientCheckpointingLayer):
             config=config,
             layer_idx=layer_idx,
         )
+        self.gate.is_open = _is_open(config, 0.0)
         self.pre_ff_layernorm = ResidualNorm(width, eps=config.rms_norm_eps)
         self.feed_forward = FeedForward(
             hidden_size=width,
@@ -132,6 +133,10 @@ def _is_dense(config: TaipanConfig, progress: float) -> bool:
     return config.gate_estimator == "dense"
 
 
+def _is_open(config: TaipanConfig, progress: float) -> bool:
+    return progress < config.gate_open_until
+
+
 class TaipanPreTrainedModel(SSMPreTrainedModel):
     """Base of the Taipan models."""
 
@@ -165,11 +170,11 @@ class TaipanPreTrainedModel(SSMPreTrainedModel):
             raise ValueError(f"progress must lie in [0, 1], got {progress}")
         stack: Any = self.base_model
         stack.progress.fill_(progress)
-        dense, changed = _is_dense(self.config, progress), False
+        now, changed = (_is_dense(self.config, progress), _is_open(self.config, progress)), False
         for block in stack.layers:
             if block.is_attention:
-                changed |= block.self_attn.dense != dense
-                block.self_attn.dense = dense
+                changed |= (block.self_attn.dense, block.gate.is_open) != now
+                block.self_attn.dense, block.gate.is_open = now
         return changed
 
 
