@@ -214,6 +214,26 @@ def test_router_losses_weigh_in() -> None:
     assert plain.z_loss is None
     expected = plain.loss + 0.001 * out.aux_loss + 0.01 * out.z_loss
     torch.testing.assert_close(out.loss, expected)
+    # A third of an accumulated batch's 72 targets weighs a third in these losses too.
+    part = model(batch, labels=batch, output_router_logits=True, num_items_in_batch=72)
+    torch.testing.assert_close(part.loss, out.loss / 3)
+
+
+@torch.no_grad()
+def test_a_turn_of_pads_alone_moves_no_position() -> None:
+    """With positions given by the caller, as `generate` gives them."""
+    model, batch = (
+        build("attention", options={"attention": {"num_heads": 4, "rotary_dim": 8}}),
+        ids(),
+    )
+    cache = model(batch[:, :5], use_cache=True).past_key_values
+    mask = torch.tensor([[0, 0], [1, 1]])
+    positions = torch.tensor([[4, 4], [5, 6]])
+    model(batch[:, 5:7], attention_mask=mask, position_ids=positions, past_key_values=cache)
+    logits = model(batch[:, 7:9], past_key_values=cache).logits
+    for row, text in ((0, torch.cat([batch[:1, :5], batch[:1, 7:9]], dim=1)), (1, batch[1:, :9])):
+        # fp32 rounding
+        assert relative_error(logits[row], model(text).logits[0, -2:]) < 1e-5
 
 
 def test_parameter_groups_spare_norms_biases_and_decays() -> None:
