@@ -364,6 +364,19 @@ def test_taking_back_reaches_over_an_overwritten_window() -> None:
     assert relative_error(y, expected) < 1e-12
 
 
+@torch.no_grad()
+def test_tokens_taken_back_take_no_room() -> None:
+    """As drafts are: proposed, and taken back, round after round."""
+    mixer, x, cache = _mixer(), _x(2, 20), _cache()
+    cache.activate_past_recording()
+    mixer(x[:, :10], SequenceInfo(), cache)
+    for _ in range(10):
+        mixer(x[:, 10:], SequenceInfo(), cache)
+        cache.seen_tokens = 20
+        cache.crop(-10)
+    assert cache.layers[0].slots == 64
+
+
 def test_a_cache_layer_of_another_kind_is_refused() -> None:
     cache = RecurrentCache(SimpleNamespace(layer_types=["linear_attention"]))
     with pytest.raises(ValueError, match="its layer 0 has no keys and values"):
