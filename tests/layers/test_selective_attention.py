@@ -212,6 +212,30 @@ def test_prompts_in_pieces_and_steps_equal_one_pass(source: str, rotary: int) ->
 
 @torch.no_grad()
 @each_source
+def test_pieces_with_pads_and_documents_are_the_definition(source: str) -> None:
+    """Rows differ in pads and in what they select; documents begin inside of pieces."""
+    layer = _layer(**SOURCES[source]).eval()
+    kind = "full_attention" if layer.budget is None else "selected_attention"
+    cache = RecurrentCache(SimpleNamespace(layer_types=[kind]))
+    x, mask = torch.randn(B, 40, D, dtype=torch.float64), torch.rand(B, 40) < 0.8
+    mask[1, :6], mask[:, 8], mask[:, 20] = False, True, True
+    documents = torch.zeros(B, 40, dtype=torch.long)
+    documents[:, 9:] += 1
+    documents[:, 21:] += 1
+    gate = _gate(torch.rand(B, 40) < 0.5, SequenceInfo(mask=mask))
+    parts, start = [], 0
+    for size in (7, 8, 1, 10, 1, 1, 12):
+        span = slice(start, start + size)
+        real, doc = mask[:, span], documents[:, span]
+        seq = SequenceInfo(None if real.all() else real, doc if size > 1 else None, derived={})
+        parts.append(layer(x[:, span], seq, cache, Gate(*(t[:, span] for t in gate))))
+        cache.seen_tokens = start = start + size
+    expected = _definition(layer, x, gate, SequenceInfo(mask=mask, seq_idx=documents))
+    assert relative_error(torch.cat(parts, dim=1), expected) < 1e-12
+
+
+@torch.no_grad()
+@each_source
 def test_rows_of_a_batch_equal_single_rows(source: str) -> None:
     layer, x = _layer(**SOURCES[source]).eval(), torch.randn(5, T, D, dtype=torch.float64)
     gate = _gate(_selected(5))

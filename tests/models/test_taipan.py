@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,54 @@ def test_calibration_is_exact_on_its_own_tokens_and_is_saved(tmp_path: Path) -> 
             model.calibrate_threshold(*given)
 
 
+@torch.no_grad()
+def test_thresholds_are_exact_in_models_of_16_bits(tmp_path: Path) -> None:
+    threshold = 0.123456789
+    model = _model(gate_eval_threshold=threshold)
+    model.save_pretrained(tmp_path)
+    loaded = TaipanForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert loaded.dtype == torch.bfloat16
+    for cast in (loaded, copy.deepcopy(model).bfloat16(), copy.deepcopy(model).half()):
+        gate = cast.model.layers[-1].gate
+        assert gate.threshold.dtype == torch.float32
+        assert torch.equal(gate.threshold, torch.tensor(threshold))
+    assert model.double().model.layers[-1].gate.threshold.dtype == torch.float64
+    loaded.set_training_progress(0.999)
+    assert float(loaded.model.progress) == pytest.approx(0.999)
+    # And what was calibrated in 16 bits selects the same there after a way through a file.
+    batch = {"input_ids": _ids(4, 200)}
+    thresholds = loaded.eval().calibrate_threshold([batch], capacity=0.3)
+    again = tmp_path / "again"
+    loaded.save_pretrained(again)
+    reloaded = TaipanForCausalLM.from_pretrained(again, dtype=torch.bfloat16)
+    assert float(reloaded.model.layers[-1].gate.threshold) == thresholds[0]
+    fractions = [m(**batch, output_gates=True).gate_fractions for m in (loaded, reloaded)]
+    assert torch.equal(*fractions)
+    assert float(fractions[0]) == pytest.approx(0.3, abs=1 / 800)
+
+
+@torch.no_grad()
+def test_calibration_leaves_pads_out_and_undoes_itself_where_it_fails() -> None:
+    model, ids = _model(num_mamba_layers=4, sal_period=2).train(), _ids(3, 50)
+    documents = torch.arange(50).expand(3, -1).clone() // 10
+    documents[:, 35:] = -1
+    batch = {"input_ids": ids, "seq_idx": documents}
+    before = model.calibrate_threshold([batch], capacity=0.4)
+    fractions = model.eval()(**batch, output_gates=True).gate_fractions
+    assert fractions.tolist() == pytest.approx([0.4, 0.4], abs=1 / 105)
+    pads = {"input_ids": ids, "attention_mask": torch.zeros(3, 50, dtype=torch.long)}
+    gates = [block.gate for block in model.model.layers if block.is_attention]
+    model.train()
+    with pytest.raises(ValueError, match="batches hold pads alone"):
+        model.calibrate_threshold([pads])
+    gates[1].bias.fill_(float("nan"))
+    with pytest.raises(ValueError, match="gate of attention layer 1 are not finite"):
+        model.calibrate_threshold([batch], capacity=0.1)
+    assert model.training
+    assert [float(gate.threshold) for gate in gates] == before
+    assert model.config.gate_eval_threshold == before
+
+
 @each_kind
 @torch.no_grad()
 def test_reordered_rows_equal_recomputed_ones(kind: str) -> None:
@@ -345,10 +394,13 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"capacity_loss_coef": -1.0}, "capacity_loss_coef must be 0 or more"),
     ({"capacity_ramp_start": 0.7}, "capacity_ramp_end must lie between capacity_ramp_start=0.7"),
     ({"capacity_loss_reduction": "token"}, "capacity_loss_reduction must be"),
-    ({"gumbel_tau": 0.0}, "gumbel_tau must be positive, got 0.0"),
+    ({"gumbel_tau": 0.0}, "gumbel_tau must be positive and finite, got 0.0"),
     ({"gumbel_noise": -0.5}, "gumbel_noise must be 0 or more"),
     ({"gate_dense_until": 2.0}, r"gate_dense_until must lie in \[0, 1\]"),
     ({"gate_open_until": -0.5}, r"gate_open_until must lie in \[0, 1\]"),
+    ({"gumbel_tau": math.inf}, "gumbel_tau must be positive and finite, got inf"),
+    ({"capacity_loss_coef": math.inf}, "capacity_loss_coef must be 0 or more, and finite, got inf"),
+    ({"gate_eval_threshold": math.nan}, "gate_eval_threshold must be numbers, got nan"),
     ({"gate_eval_threshold": [0.1, 0.2]}, "one for each of the 5 attention layers, got 2"),
     ({"sal_gate_hidden": 0}, "sal_gate_hidden must be at least 1"),
     ({"num_attention_heads": 6, "num_key_value_heads": 4}, "num_kv_heads must divide num_heads"),
@@ -375,6 +427,12 @@ def test_layers_stand_after_every_period() -> None:
     config = TaipanConfig(sal_kv_source="selected", sal_period=30)
     assert config.layer_types[-1] == "selected_attention"
     assert config.kv_budget == 615  # 2 * 0.15 * 2048, rounded up
+    # A window of selected tokens is as long as it says.
+    config = TaipanConfig(sal_kv_source="selected", sal_window_unit="selected")
+    assert config.kv_budget == 2048
+    with torch.device("meta"):
+        small = TaipanModel(tiny("taipan", sal_kv_source="selected", sal_window_unit="selected"))
+    assert small.layers[-1].self_attn.ring == 5
 
 
 def test_a_model_without_flash_attention_says_so() -> None:

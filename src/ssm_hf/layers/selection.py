@@ -1,6 +1,6 @@
 """Which tokens attend: the gate of selective attention, and the budget that it is held to."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -74,8 +74,9 @@ class SelectionGate(Sublayer):
         width = hidden_size if inner_size is None else inner_size
         self.weight = nn.Parameter(torch.empty(2, width))
         self.bias = nn.Parameter(torch.empty(2))
-        # A tensor, so that captured steps see it change.
-        self.register_buffer("threshold", torch.tensor(float(threshold)), persistent=False)
+        # A tensor, so that captured steps see it change; rounded, it would turn choices.
+        exact = torch.tensor(float(threshold), dtype=torch.float32)
+        self.register_buffer("threshold", exact, persistent=False)
         self.reset_parameters("mamba_ssm", std=0.0, num_residual_layers=None)
 
     def reset_parameters(
@@ -87,6 +88,14 @@ class SelectionGate(Sublayer):
         init.normal_(self.weight, std=_GATE_STD)
         init.zeros_(self.bias)
         init.constant_(self.threshold, self.initial_threshold)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SelectionGate":
+        """Moves and casts as of any module, but the threshold stays in fp32 or wider."""
+        exact = self.threshold
+        super()._apply(fn, recurse)
+        if self.threshold.dtype.itemsize < torch.float32.itemsize:
+            self.threshold = exact.to(self.threshold.device, torch.float32)
+        return self
 
     def flops_per_token(self, sequence_length: int) -> int:
         """The products."""

@@ -40,7 +40,8 @@ class TaipanConfig(NativeConfigMixin):
         sal_kv_source: `"all"`, every token has keys and values, or `"selected"`.
         sal_window_unit: what w counts with selected keys: `"position"` or `"selected"`.
         sal_kv_budget: with selected keys, how many are kept, the oldest leave first; default
-            ceil(2 C w), to be given where there is no window.
+            ceil(2 C w), or w where that counts selected tokens; to be given where there is no
+            window.
         sal_combine: of the stream h and the attention's output o, `"lerp"`, h + alpha (o - h), or
             `"residual"`, h + alpha o.
         sal_gate_hidden: inner width of the gates; None = one linear layer.
@@ -184,6 +185,8 @@ class TaipanConfig(NativeConfigMixin):
         if self.sal_kv_budget is not None:
             return self.sal_kv_budget
         assert self.sliding_window is not None
+        if self.sal_window_unit == "selected":
+            return self.sliding_window
         return max(math.ceil(2 * self.attention_capacity * self.sliding_window), 1)
 
     @property
@@ -264,10 +267,10 @@ class TaipanConfig(NativeConfigMixin):
                 f"attention_capacity must lie in (0, 1], got {self.attention_capacity}"
             )
         for name in ("capacity_loss_coef_start", "capacity_loss_coef", "gumbel_noise"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
-        if not self.gumbel_tau > 0:
-            raise ValueError(f"gumbel_tau must be positive, got {self.gumbel_tau}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or more, and finite, got {getattr(self, name)}")
+        if not 0 < self.gumbel_tau < math.inf:
+            raise ValueError(f"gumbel_tau must be positive and finite, got {self.gumbel_tau}")
         for name in ("gumbel_anneal_start", "gate_dense_until", "gate_open_until",
                      "capacity_ramp_start"):  # fmt: skip
             if not 0 <= getattr(self, name) <= 1:
@@ -282,3 +285,5 @@ class TaipanConfig(NativeConfigMixin):
                 f"gate_eval_threshold must be one number, or one for each of the "
                 f"{self.num_attention_layers} attention layers, got {len(self.thresholds)}"
             )
+        if any(math.isnan(threshold) for threshold in self.thresholds):
+            raise ValueError(f"gate_eval_threshold must be numbers, got {self.gate_eval_threshold}")

@@ -189,7 +189,7 @@ class TaipanModel(BackboneMixin, TaipanPreTrainedModel):
         self.layers = nn.ModuleList(TaipanBlock(config, i) for i in range(config.num_hidden_layers))
         self.final_layernorm = ResidualNorm(config.hidden_size, eps=config.rms_norm_eps)
         # A tensor, so that captured passes see it change.
-        self.register_buffer("progress", torch.zeros(()), persistent=False)
+        self.register_buffer("progress", torch.zeros((), dtype=torch.float32), persistent=False)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -276,7 +276,8 @@ class TaipanForCausalLM(CausalLMMixin, TaipanPreTrainedModel, GenerationMixin):
             The thresholds, one for each attention layer. They are in effect, and in the config.
 
         Raises:
-            ValueError: there are no batches, or the share is not one.
+            ValueError: there are no tokens, the share is not one, or scores are not finite; the
+                thresholds are then what they were.
         """
         share = self.config.attention_capacity if capacity is None else capacity
         if not 0 < share <= 1:
@@ -286,23 +287,41 @@ class TaipanForCausalLM(CausalLMMixin, TaipanPreTrainedModel, GenerationMixin):
             raise ValueError("batches is empty: thresholds need tokens to be calibrated with")
         training = self.training
         self.eval()
-        chosen = []
         blocks: list[Any] = [block for block in self.model.layers if block.is_attention]
-        # One layer after the other: what a gate sees depends on what those before it select.
-        for index, block in enumerate(blocks):
-            margins = []
-            for batch in batches:
-                out = self(**batch, use_cache=False, output_gates=True, logits_to_keep=1)
-                margin = out.gates[index].margin
-                mask = batch.get("attention_mask")
-                margins.append(margin.flatten() if mask is None else margin[mask.bool()])
-            ordered = torch.cat(margins).sort(descending=True).values
-            count = min(max(round(share * len(ordered)), 1), len(ordered))
-            above = ordered[count - 1]
-            below = ordered[count] if count < len(ordered) else above - 1
-            block.gate.threshold.copy_((above + below) / 2)
-            chosen.append(float(block.gate.threshold))
-            block.gate.initial_threshold = chosen[-1]
+        gates: list[SelectionGate] = [block.gate for block in blocks]
+        chosen = []
+        try:
+            # One layer after the other: what a gate sees depends on what those before it select.
+            for index, gate in enumerate(gates):
+                chosen.append(self._threshold(index, batches, share))
+                gate.threshold.fill_(chosen[-1])
+            for gate, threshold in zip(gates, chosen, strict=True):
+                gate.initial_threshold = threshold
+        finally:
+            for gate in gates:
+                gate.threshold.fill_(gate.initial_threshold)
+            self.train(training)
         self.config.gate_eval_threshold = chosen
-        self.train(training)
         return chosen
+
+    def _threshold(self, index: int, batches: list[dict[str, Tensor]], share: float) -> float:
+        """Above which the margins of a share of the real tokens lie, in an attention layer."""
+        margins = []
+        for batch in batches:
+            out = self(**batch, use_cache=False, output_gates=True, logits_to_keep=1)
+            margin = out.gates[index].margin
+            real = torch.ones_like(margin, dtype=torch.bool)
+            if batch.get("attention_mask") is not None:
+                real &= batch["attention_mask"].bool()
+            if batch.get("seq_idx") is not None:
+                real &= batch["seq_idx"] >= 0
+            margins.append(margin[real])
+        ordered = torch.cat(margins).sort(descending=True).values
+        if not len(ordered):
+            raise ValueError("batches hold pads alone: thresholds need tokens")
+        if not bool(ordered.isfinite().all()):
+            raise ValueError(f"the scores of the gate of attention layer {index} are not finite")
+        count = min(max(round(share * len(ordered)), 1), len(ordered))
+        above = ordered[count - 1]
+        below = ordered[count] if count < len(ordered) else above - 1
+        return float((above + below) / 2)
