@@ -231,6 +231,26 @@ def test_kernels_of_ours_run_on_request() -> None:
         mixer.double()(x.to(device), SequenceInfo())
 
 
+def test_steps_with_gradients_run_on_kernels_of_ours_on_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = kernel_device()
+    stated = SimpleNamespace(_attn_implementation="interval_attention")
+    mixer, cache = _mixer(config=stated).float().to(device), _cache()
+    x = _x(2, 9)
+    wide, single = x.requires_grad_(), x.detach().to(device).float().requires_grad_()
+    expected = _mixer()(wide, SequenceInfo())
+    monkeypatch.setattr(attention, "call_attention", None)
+    parts = [mixer(part, SequenceInfo(), cache) for part in single.split([7, 1, 1], dim=1)]
+    got = torch.cat(parts, dim=1)
+    assert relative_error(got.cpu(), expected) < 1e-5
+    expected.square().sum().backward()
+    got.square().sum().backward()
+    assert wide.grad is not None
+    assert single.grad is not None
+    assert relative_error(single.grad.cpu(), wide.grad) < 1e-5
+
+
 def test_kernels_of_ours_are_refused_where_they_cannot_run() -> None:
     seq, x = SequenceInfo(seq_idx=torch.tensor(DOC)), _x(3, 9)
     with implementation("triton"):

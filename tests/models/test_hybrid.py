@@ -305,6 +305,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"blocks": [{"type": "attention", "num_heads": 7}]}, "num_heads=7 does not divide hidden"),
     ({"blocks": [{"type": "attention", "num_heads": 0}]}, "num_heads must be at least 1, got 0"),
     ({"blocks": [{"type": "attention", "rope_theta": 0}]}, "rope_theta must be greater than 0"),
+    ({"blocks": [{"type": "attention", "scaling": 0.0}]}, "scaling must be greater than 0"),
     ({"blocks": [{"type": "attention", "num_kv_heads": 5}]}, "num_kv_heads must divide num_heads"),
     ({"blocks": [{"type": "attention", "rotary_dim": 7}]}, "rotary_dim must be even"),
     ({"blocks": [{"type": "attention", "conv_kernel": 1}]}, "conv_kernel must be 0"),

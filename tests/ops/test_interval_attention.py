@@ -210,6 +210,7 @@ def test_bad_input_is_refused() -> None:
         ({"v": v[:, :6]}, "v must have"),
         ({"low": low[:, :4]}, "low"),
         ({"high": high.float()}, "high"),
+        ({"low": low.bool()}, "low"),
         ({"low": low[:1]}, "one shape"),
         ({"key_mask": torch.ones(2, 7, device=DEVICE)}, "key_mask"),
         ({"scale": 0.0}, "scale"),
@@ -223,6 +224,10 @@ def test_bad_input_is_refused() -> None:
     large: Any = [torch.zeros(1, 5, 1, 300, device=DEVICE)] * 3
     with pytest.raises(ImplementationUnavailableError, match="dimensions"):
         attend(large, low[:1], high[:1], impl="triton")
+    # Products of two 16-bit dtypes are formed in fp32.
+    q, k, v = (t[..., :256].half() for t in large)
+    with pytest.raises(ImplementationUnavailableError, match="dimensions"):
+        attend([q.bfloat16(), k, v], low[:1], high[:1], impl="triton")
 
 
 STEPS: dict[str, dict[str, Any]] = {
@@ -297,6 +302,17 @@ def test_step_kernels_take_a_cache_of_another_dtype() -> None:
     assert relative_error(y, interval_attention_step(*copies, **options)) < HALF
 
 
+def test_step_kernels_take_views_of_counts() -> None:
+    tensors, options = _step("some", 4, 2, 16, torch.float32)
+    views = {
+        name: torch.stack([t, torch.zeros_like(t)], dim=1)[:, 0] if isinstance(t, Tensor) else t
+        for name, t in options.items()
+    }
+    copies = [t.clone() for t in tensors]
+    y = interval_attention_step(*tensors, **views, impl="triton")
+    assert torch.equal(y, interval_attention_step(*copies, **options, impl="triton"))
+
+
 def test_bad_steps_are_refused() -> None:
     (q, k, v, keys, values), options = _step("some", 4, 2, 16, torch.float32)
     wrong: list[tuple[dict[str, Any], str]] = [
@@ -308,6 +324,9 @@ def test_bad_steps_are_refused() -> None:
         ({"scale": -1.0}, "scale"),
         ({"keys": keys.transpose(0, 1).contiguous().transpose(0, 1)}, "contiguous"),
         ({"first": options["length"][:2]}, "first"),
+        ({"q": q[0]}, "q must"),
+        ({"length": options["length"].int()}, "length must be torch.int64"),
+        ({"attend": options["length"]}, "attend must be torch.bool"),
     ]
     given = {"q": q, "k": k, "v": v, "keys": keys, "values": values, **options}
     for changed, message in wrong:

@@ -359,11 +359,17 @@ class AttentionMixer(Mixer):
             layer.write({"length": held["length"] + 1})
             return y[:, None]
 
-        held = layer.state
+        held, name = layer.state, self._implementation()
         differentiable = torch.is_grad_enabled() and any(
             t.requires_grad for t in (q, k, v, held["keys"], held["values"])
         )
-        if differentiable or self._implementation() not in (OWN_ATTENTION, INTERVALS):
+        if differentiable and name == INTERVALS:
+            # The kernels of one token have no gradients, those of many do.
+            among = places(seq, 1, self.window, q.device, held["length"])
+            y = self._attend(q, k, v, seq, among, held)
+            self._store(layer, k, v, seq, own, columns_before)
+            return y
+        if differentiable or name not in (OWN_ATTENTION, INTERVALS):
             return by_torch()
         return self._own_or(by_torch, by_kernels, q, held["keys"], held["values"])()
 

@@ -413,6 +413,8 @@ def _check_attention(config: HybridConfig, options: dict[str, Any]) -> None:
     )
     if options["rope_theta"] <= 0:
         raise ValueError(f"rope_theta must be greater than 0, got {options['rope_theta']}")
+    if options["scaling"] is not None and options["scaling"] <= 0:
+        raise ValueError(f"scaling must be greater than 0, or None, got {options['scaling']}")
     taps = options["conv_kernel"]
     if taps < 0 or taps == 1:
         raise ValueError(f"conv_kernel must be 0 (none) or at least 2, got {taps}")

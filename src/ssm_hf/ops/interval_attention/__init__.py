@@ -8,6 +8,7 @@ from ssm_hf.ops.interval_attention.reference import (
     checked_scale,
     interval_attention_definition,
     interval_attention_torch,
+    product_dtype,
 )
 from ssm_hf.ops.interval_attention.step import interval_attention_step
 from ssm_hf.ops.launch import unsupported_dtypes
@@ -28,7 +29,7 @@ __all__ = [
 
 def why_unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Why the kernels cannot take these; None when they can."""
-    most = 128 if torch.float32 in (q.dtype, k.dtype, v.dtype) else 256
+    most = 128 if product_dtype(q, k, v) == torch.float32 else 256
     if q.shape[-1] > most:
         return (
             "its kernels take heads of at most 256 dimensions, and of 128 in float32, "
@@ -79,7 +80,8 @@ def interval_attention(
     check_heads(q, k, v)
     rows = (q.shape[0], q.shape[1])
     for name, bound in (("low", low), ("high", high)):
-        if bound.shape not in (rows, (1, rows[1])) or bound.is_floating_point():
+        is_integer = not bound.is_floating_point() and bound.dtype != torch.bool
+        if bound.shape not in (rows, (1, rows[1])) or not is_integer:
             raise ValueError(
                 f"{name} must be an integer tensor of shape {rows} or {(1, rows[1])}, "
                 f"got {bound.dtype} of shape {tuple(bound.shape)}"

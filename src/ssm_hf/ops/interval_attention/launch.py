@@ -12,6 +12,7 @@ from ssm_hf.ops.interval_attention.kernels_bwd import (
     interval_attention_dkv_kernel,
     interval_attention_dq_kernel,
 )
+from ssm_hf.ops.interval_attention.reference import product_dtype
 from ssm_hf.ops.launch import KERNEL_DTYPES, call, check_tensors, common_unit, on_device, tuned
 
 # Triton's annotations do not know that plain values may stand for constants.
@@ -43,8 +44,8 @@ def _options(kernel: str, like: Tensor) -> dict[str, Any]:
 
 
 def _compute_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
-    """The dtype of the products."""
-    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    """The dtype in which kernels form the products."""
+    dtype = product_dtype(q, k, v)
     # Triton's interpreter multiplies the bits of bf16 numbers as if they were integers.
     interpreted = common.architecture(q.device) == "cpu"
     return torch.float32 if interpreted and dtype == torch.bfloat16 else dtype

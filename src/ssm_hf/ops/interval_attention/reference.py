@@ -48,7 +48,7 @@ def interval_attention_torch(
     scale: float,
 ) -> Tensor:
     """The same by torch's scaled_dot_product_attention with a mask of N S bits a row."""
-    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    dtype = product_dtype(q, k, v)
     groups = q.shape[2] // k.shape[2]
     # Repeated heads: with a mask, torch's fused kernels take no groups.
     k, v = (t.repeat_interleave(groups, dim=2) if groups > 1 else t for t in (k, v))
@@ -59,6 +59,11 @@ def interval_attention_torch(
     heads_first = (t.to(dtype).transpose(1, 2) for t in (q, k, v))
     y = F.scaled_dot_product_attention(*heads_first, attn_mask=seen[:, None], scale=scale)
     return y.transpose(1, 2).masked_fill(blind[..., None, None], 0.0).to(q.dtype)
+
+
+def product_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
+    """The dtype of the products: one that holds what all three hold."""
+    return torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
 
 
 def checked_scale(scale: float | None, head_dim: int) -> float:

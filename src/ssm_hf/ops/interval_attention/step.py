@@ -60,9 +60,11 @@ def interval_attention_step(
         (B, H, d) in q's dtype. No gradients flow.
 
     Raises:
-        ValueError: shapes disagree, or the window or scale is not positive.
+        ValueError: shapes or dtypes disagree, or the window or scale is not positive.
         ImplementationUnavailableError: `impl="triton"` cannot run.
     """
+    if q.ndim != 3:
+        raise ValueError(f"q must have shape (B, H, d), got {tuple(q.shape)}")
     batch, heads, head_dim = q.shape
     if keys.ndim != 4 or keys.shape[0] != batch or keys.shape[3] != head_dim:
         raise ValueError(
@@ -85,6 +87,14 @@ def interval_attention_step(
     ):
         if value is not None and value.shape != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+    for name, value, dtype in (
+        ("length", length, torch.int64),
+        ("first", first, torch.int64),
+        ("attend", attend, torch.bool),
+        ("store", store, torch.bool),
+    ):
+        if value is not None and value.dtype != dtype:
+            raise ValueError(f"{name} must be {dtype}, got {value.dtype}")
     if not (keys.is_contiguous() and values.is_contiguous()):
         raise ValueError("keys and values must be contiguous: they are written in place")
     if window is not None and window < 1:

@@ -40,6 +40,8 @@ def _step(
     batch, slots, groups, head_dim = keys.shape
     heads = q.shape[1]
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    length = length.contiguous()
+    first, attend, store = (None if t is None else t.contiguous() for t in (first, attend, store))
     y = q.new_empty(q.shape)
     if q.numel() == 0:
         return y
