@@ -404,3 +404,25 @@ def test_torchs_grouped_product_refuses_odd_sizes_and_fp64() -> None:
     wide = {n: v.double() if v.is_floating_point() else v for n, v in FIT.items()}
     with pytest.raises(ImplementationUnavailableError, match=r"grouped_mm .*reference"):
         moe_experts(**wide, impl="torch")
+
+
+class _Ignored(torch.autograd.Function):
+    """The identity, whose input has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_an_output_without_a_gradient_is_no_error(impl: str) -> None:
+    x = torch.randn(5, 8, device=DEVICE, requires_grad=True)
+    w_in, w_out = (torch.randn(4, *s, device=DEVICE) for s in ((12, 8), (8, 6)))
+    routing = moe_route(torch.randn(5, 4, device=DEVICE), 2, impl="reference")
+    y = moe_experts(x, routing.experts, routing.weights, w_in, w_out, impl=impl)
+    _Ignored.apply(y).sum().backward()  # pyright: ignore[reportOptionalMemberAccess]
+    assert x.grad is None

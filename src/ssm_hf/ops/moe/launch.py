@@ -439,7 +439,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.save_for_backward(x, experts, weights, w_in, w_out, order, totals, pre)
 
 
-def _gradients(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 9
     needed = ctx.needs_input_grad
     wanted = [needed[0], *needed[2:5]]
     grads = _backward(dy, *ctx.saved_tensors, ctx.activation, ctx.gated, *ctx.dtypes, wanted)

@@ -236,7 +236,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.save_for_backward(x, experts, weights, w_in, w_out, output[1])
 
 
-def _gradients(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 9
     dx, dweights, dw_in, dw_out = _backward(
         dy, *ctx.saved_tensors, ctx.activation, ctx.gated, ctx.dtype
     )
