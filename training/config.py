@@ -23,7 +23,7 @@ class ModelConfig:
         which spares the host all launches; "compile" is torch.compile of the repeated blocks;
         "eager" neither; "auto" is "graph" on GPUs that each hold the whole model, else "eager".
     keep_activations: keep more for the backward pass than it needs, so that it forms less again: a
-        few percent faster, for about a quarter more memory (see `ssm_hf.keep_activations`).
+        few percent faster, for almost half as much memory again (see `ssm_hf.keep_activations`).
     """
 
     config: str | None = None
