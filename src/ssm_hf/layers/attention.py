@@ -18,12 +18,12 @@ from ssm_hf.layers.attention_mask import (
     Places,
     block_mask,
     cached_numbers,
-    columns,
     dense_mask,
     latest,
     next_position,
     places,
     positions,
+    shared_columns,
     shared_fact,
 )
 from ssm_hf.layers.linear import Linear
@@ -276,9 +276,7 @@ class AttentionMixer(Mixer):
             rows, cached = torch.arange(len(slots), device=q.device)[:, None], slots.shape[1]
             k = torch.cat([state["keys"][rows, slots].to(q.dtype), k], dim=1)
             v = torch.cat([state["values"][rows, slots].to(q.dtype), v], dim=1)
-        make = lambda: columns(own, seq.mask, seen, cached)  # noqa: E731
-        key = ("columns", self.window, q.device)
-        low, high, real = make() if state is not None else shared_fact(seq, key, make)
+        low, high, real = shared_columns(seq, own, self.window, seen, cached)
         return interval_attention(
             q, k, v, low, high, key_mask=real, scale=self.scaling, impl="triton"
         )
@@ -321,7 +319,7 @@ class AttentionMixer(Mixer):
                     self._call(name, q[:, start:end], k[:, first:end], v[:, first:end], mask)
                 )
             return torch.cat(pieces, dim=1)
-        make = lambda: self._mask(name, own, numbers, q)  # noqa: E731
+        make = partial(self._mask, name, own, numbers, q)
         shared = state is None
         key = ("mask", name == "flex_attention", self.window, q.device)
         return self._call(name, q, k, v, shared_fact(seq, key, make) if shared else make())

@@ -160,6 +160,16 @@ def columns(
     return low.masked_fill(~mask, 1), torch.where(mask, high, 0), real
 
 
+def shared_columns(
+    seq: SequenceInfo, own: Places, window: int | None, seen: Tensor | None, cached: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`columns`, once for all layers of a call with this window where nothing is cached."""
+    if seen is not None:
+        return columns(own, seq.mask, seen, cached)
+    key = ("columns", window, own.low.device)
+    return shared_fact(seq, key, lambda: columns(own, seq.mask, None, cached))
+
+
 def dense_mask(own: Places, keys: Tensor) -> Tensor:
     """True (B, 1, T, S) where a query of `own` (B, T) sees a key of number `keys` (B, S)."""
     key = keys[:, None, None]

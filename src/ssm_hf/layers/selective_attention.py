@@ -22,11 +22,11 @@ from ssm_hf.layers.attention_mask import (
     Places,
     block_mask,
     cached_numbers,
-    columns,
     first_true,
     latest,
     next_position,
     positions,
+    shared_columns,
     shared_fact,
 )
 from ssm_hf.layers.mixer import recorded_mask
@@ -283,10 +283,9 @@ class SelectiveAttention(SelfAttention):
             k = torch.cat([cached.take(state["keys"]), k], dim=1)
             v = torch.cat([cached.take(state["values"]), v], dim=1)
         if self.budget is None:
+            size = 0 if cached is None else cached.size
             seen = state.get("length")
-            make = lambda: columns(own, seq.mask, seen, 0 if cached is None else cached.size)  # noqa: E731
-            key = ("columns", self.window, x.device)
-            low, high, key_mask = make() if state else shared_fact(seq, key, make)
+            low, high, key_mask = shared_columns(seq, own, self.window, seen, size)
             low, high = chosen.take(low), chosen.take(high)
         else:
             low, high = self._ranks(gate.selected, seq, own, chosen, state, cached)
