@@ -37,6 +37,8 @@ def aot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         run(bf16, 1, 1000, 4, 64, 128, cu_seqlens=cu_seqlens, initial_state=_leaf(2, 4, 64, 128))
 
     yield "documents", packed
+    # More states than a program of the forward pass takes.
+    yield "states", lambda: run(bf16, 2, 300, 4, 32, 256)
     # One row, chunk and head: launches take such numbers for constants.
     yield "ones", lambda: run(bf16, 1, 1, 1, 64, 128)
     yield "fp32", lambda: run(fp32, 1, 300, 2, 64, 64)

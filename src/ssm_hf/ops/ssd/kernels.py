@@ -422,7 +422,7 @@ def ssd_fwd_kernel(
     y_ptr, ungated_ptr, final_ptr, cu_ptr, first_ptr,
     x_sb, x_st: tl.constexpr, x_sh, B_sb, B_st: tl.constexpr, B_sg, C_sb, C_st: tl.constexpr, C_sg,
     z_sb, z_st: tl.constexpr, z_sh, mask_sb, mask_st,
-    rows, length, heads: tl.constexpr, per_group,
+    rows, length, heads: tl.constexpr, per_group, part,
     STATES: tl.constexpr, HEAD_DIM: tl.constexpr, RAGGED: tl.constexpr,
     D_PER_CHANNEL: tl.constexpr, SEGMENTS: tl.constexpr, VARLEN: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -430,7 +430,8 @@ def ssd_fwd_kernel(
 ):  # fmt: skip
     """y (B, T, H, P) and the final state (rows, H, P, N).
 
-    One program for a row, segment, head and block of its channels, with the state in registers.
+    One program for a row, segment, head, block of its channels and block of its states, which stay
+    in registers. What block j of the states adds to y lies `part` elements behind that of j - 1.
     """
     dot_type: tl.constexpr = tl.float32 if WIDE else x_ptr.dtype.element_ty
     pid = tl.program_id(0)
@@ -439,6 +440,9 @@ def ssd_fwd_kernel(
     p_blocks = tl.cdiv(HEAD_DIM, BLOCK_P)
     p_block = pid % p_blocks
     pid = pid // p_blocks
+    n_blocks: tl.constexpr = (STATES + BLOCK_N - 1) // BLOCK_N
+    n_block = pid % n_blocks
+    pid = pid // n_blocks
     segment = pid % SEGMENTS
     row = (pid // SEGMENTS).to(tl.int64)
     batch, start, end, first, chunks = place_of_row(row, length, cu_ptr, first_ptr, VARLEN, Q)
@@ -448,9 +452,9 @@ def ssd_fwd_kernel(
 
     i = tl.arange(0, Q)
     p = p_block * BLOCK_P + tl.arange(0, BLOCK_P)
-    n = tl.arange(0, BLOCK_N)
+    n = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
     CUT_P: tl.constexpr = HEAD_DIM % BLOCK_P != 0
-    CUT_N: tl.constexpr = STATES != BLOCK_N
+    CUT_N: tl.constexpr = STATES % BLOCK_N != 0
     size = HEAD_DIM * STATES
     tile = p[:, None] * STATES + n[None, :]
     in_tile = (p < HEAD_DIM)[:, None] & (n < STATES)[None, :]
@@ -467,6 +471,8 @@ def ssd_fwd_kernel(
             D = D.to(tl.float32)[None, :]
         else:
             D = tl.load(D_ptr + head).to(tl.float32)
+        if n_blocks > 1:
+            D = tl.where(n_block == 0, D, 0.0)
 
     group = head // per_group
     x_base = x_ptr + batch * x_sb + head * x_sh
@@ -514,6 +520,9 @@ def ssd_fwd_kernel(
 
         leaving = (x.to(tl.float32) * to_exit[:, None]).to(dot_type)
         S = S * whole + tl.dot(tl.trans(leaving), B, input_precision=PRECISION)
+        # Used here, the product is waited for here. If it still ran when the next step began, ptxas
+        # would wait after every single instruction of all four products.
+        S += 0.0
 
         if D_ptr is not None and D_PER_CHANNEL:
             y += x.to(tl.float32) * D
@@ -523,7 +532,7 @@ def ssd_fwd_kernel(
             at_mask = mask_ptr + batch * mask_sb + (t + i) * mask_st
             is_real = tl.load(at_mask, mask=in_row, other=0) != 0
             y = tl.where(is_real[:, None], y, 0.0)
-        at_y = ((batch * length + t) * heads + head) * HEAD_DIM
+        at_y = n_block.to(tl.int64) * part + ((batch * length + t) * heads + head) * HEAD_DIM
         y_st = heads * HEAD_DIM
         if z_ptr is not None:
             to = ungated_ptr + at_y

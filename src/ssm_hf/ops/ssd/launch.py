@@ -260,8 +260,13 @@ def _forward(
         decay = _decays(k, dt, A, dt_bias, doc, mask, (dt_softplus, dt_min, dt_max))
         options = k.options("ssd_fwd")
         wanted = options.pop("PROGRAMS")
-        programs = k.rows * k.heads * -(-k.head_dim // options["BLOCK_P"])
+        blocks = -(-k.states // options["BLOCK_N"])
+        programs = k.rows * k.heads * -(-k.head_dim // options["BLOCK_P"]) * blocks
         segments = _segments(k, programs, wanted)
+        # What each block of states adds to y.
+        parts = [y, ungated]
+        if blocks > 1:
+            parts = [t.new_empty(blocks, *t.shape, dtype=torch.float32) for t in parts]
         totals, carry = None, None
         if segments > 1:
             totals, carry = _totals(k, segments)
@@ -272,14 +277,18 @@ def _forward(
                 (None, None, None), (None, None), light,
             )  # fmt: skip
         _fwd_kernel[(programs * segments,)](
-            x, B, C, D, z, mask, decay, initial_state, totals, carry, y, ungated, final,
+            x, B, C, D, z, mask, decay, initial_state, totals, carry, *parts, final,
             *k.tables[:2],
             *_strides(x), *_strides(B), *_strides(C), *_strides(z), *_strides(mask, 2),
-            k.rows, k.length, k.heads, k.heads // k.groups, **k.shape,
+            k.rows, k.length, k.heads, k.heads // k.groups, y.numel(), **k.shape,
             D_PER_CHANNEL=D is not None and D.ndim == 2, SEGMENTS=segments,
-            VARLEN=cu_seqlens is not None, WIDE=k.wide, PRECISION=k.precision, Q=CHUNK,
-            BLOCK_N=k.blocks()[1], **options,
+            VARLEN=cu_seqlens is not None, WIDE=k.wide, PRECISION=k.precision, Q=CHUNK, **options,
         )  # fmt: skip
+        if blocks > 1:
+            for whole, part in zip((y, ungated), parts, strict=True):
+                for added in part[1:-1]:
+                    part[0] += added
+                torch.add(part[0], part[-1], out=whole)
     return y, final, ungated
 
 
