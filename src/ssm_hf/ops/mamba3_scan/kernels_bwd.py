@@ -15,7 +15,15 @@ from ssm_hf.ops.mamba3_scan.kernels import (
     load_token,
     rotation,
 )
-from ssm_hf.ops.mamba3_scan.kernels_pairs import load_state, of_tokens, store_ranks, turning
+from ssm_hf.ops.mamba3_scan.kernels_pairs import (
+    load_state,
+    of_tokens,
+    prefetch,
+    prefetch_state,
+    prefetch_tokens,
+    store_ranks,
+    turning,
+)
 from ssm_hf.ops.ssd.kernels import load_tile, place_of_chunk, store_tile
 
 TWO_PI = tl.constexpr(6.283185307179586)
@@ -112,7 +120,7 @@ def of_pairs(
     PER_RANK: tl.constexpr, ROPE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     FAST: tl.constexpr, Q: tl.constexpr, RANKS: tl.constexpr, HEADS: tl.constexpr,
     BLOCK_P: tl.constexpr, P_BLOCKS: tl.constexpr, W: tl.constexpr, V: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """Tiles a and b of the gradient of B (EXIT), whose other is C, or of C, whose other is B."""
     dot_type: tl.constexpr = tl.float32 if WIDE else own_base.dtype.element_ty
@@ -128,6 +136,19 @@ def of_pairs(
     for step in tl.range(0, HEADS, num_stages=STAGES, disable_licm=True):
         head = head_0 + step
         here = v * heads + head
+        if PREFETCH:
+            more = step + 1 < HEADS
+            if EXIT:
+                prefetch_tokens(x_ptr, batch, head + 1, token, end, x_sb, x_st, x_sh, more,
+                                HEAD_DIM, Q)  # fmt: skip
+            else:
+                prefetch_tokens(dy_ptr, batch, head + 1, token, end, dy_sb, dy_st, dy_sh, more,
+                                HEAD_DIM, Q)  # fmt: skip
+                prefetch_tokens(z_ptr, batch, head + 1, token, end, z_sb, z_st, z_sh, more,
+                                HEAD_DIM, Q)  # fmt: skip
+            prefetch_state(states_ptr, here + 1, more & (token < end), 0, 2 * W, HEAD_DIM, PITCH,
+                           BLOCK_P, P_BLOCKS)  # fmt: skip
+            prefetch(pairs_ptr + (here + 1) * (ROWS * ROWS) + i * ROWS, more & (i < ROWS))
         delta, weight = weights_of_rows(token_ptr, scale_ptr, here, i, EXIT, WIDE, FAST, Q,
                                         RANKS)  # fmt: skip
         cos, sin = 1.0, 0.0
@@ -252,7 +273,7 @@ def of_rest(
     HEAD_DIM: tl.constexpr, RAGGED: tl.constexpr, MASKED: tl.constexpr, PER_RANK: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, Q: tl.constexpr,
     RANKS: tl.constexpr, HEADS: tl.constexpr, BLOCK_P: tl.constexpr, P_BLOCKS: tl.constexpr,
-    W: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr,
+    W: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """Tile c of the gradients of B and C."""
     ROWS: tl.constexpr = Q * RANKS
@@ -264,6 +285,12 @@ def of_rest(
     for step in tl.range(0, HEADS, num_stages=STAGES, disable_licm=True):
         head = head_0 + step
         here = v * heads + head
+        if PREFETCH:
+            more = (step + 1 < HEADS) & (token < end)
+            prefetch_state(dstates_ptr, here + 1, more, 2 * W, PITCH, HEAD_DIM, PITCH, BLOCK_P,
+                           P_BLOCKS)  # fmt: skip
+            prefetch_state(states_ptr, here + 1, more, 2 * W, PITCH, HEAD_DIM, PITCH, BLOCK_P,
+                           P_BLOCKS)  # fmt: skip
         pairs = load_tile(pairs_ptr + here * (ROWS * ROWS), ROWS, i, i, in_row, False, False, ROWS)
         dB += rest_of_head(
             x_ptr, mx_ptr, None, None, None, None, C_base, C_bias_ptr, token_ptr, scale_ptr,
@@ -295,7 +322,7 @@ def mamba3_bwd_kernel(
     VARLEN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
     Q: tl.constexpr, RANKS: tl.constexpr, HEADS: tl.constexpr, HEAD_BLOCKS: tl.constexpr,
     BLOCK_P: tl.constexpr, P_BLOCKS: tl.constexpr, W: tl.constexpr, V: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """Gradients of B, C and the angles of a chunk.
 
@@ -349,7 +376,7 @@ def mamba3_bwd_kernel(
             batch, token, end, is_first, row, in_row, is_real, v, head_0,
             x_sb, x_st, x_sh, z_sb, z_st, z_sh, dy_sb, dy_st, dy_sr, dy_sh, length, heads, ranks,
             True, HEAD_DIM, RAGGED, MASKED, PER_RANK, ROPE, WIDE, PRECISION, FAST, Q, RANKS, HEADS,
-            BLOCK_P, P_BLOCKS, W, V, STAGES,
+            BLOCK_P, P_BLOCKS, W, V, STAGES, PREFETCH,
         )  # fmt: skip
     elif role == 1:
         of_pairs(
@@ -359,7 +386,7 @@ def mamba3_bwd_kernel(
             dphase_ptr, batch, token, end, is_first, row, in_row, is_real, v, head_0,
             x_sb, x_st, x_sh, z_sb, z_st, z_sh, dy_sb, dy_st, dy_sr, dy_sh, length, heads, ranks,
             False, HEAD_DIM, RAGGED, MASKED, PER_RANK, ROPE, WIDE, PRECISION, FAST, Q, RANKS,
-            HEADS, BLOCK_P, P_BLOCKS, W, V, STAGES,
+            HEADS, BLOCK_P, P_BLOCKS, W, V, STAGES, PREFETCH,
         )  # fmt: skip
     elif V > 0:
         of_rest(
@@ -368,5 +395,5 @@ def mamba3_bwd_kernel(
             dC_base, dC_bias_ptr, batch, token, end, in_row, is_real, v, head_0,
             x_sb, x_st, x_sh, z_sb, z_st, z_sh, dy_sb, dy_st, dy_sr, dy_sh, heads, ranks,
             HEAD_DIM, RAGGED, MASKED, PER_RANK, WIDE, PRECISION, FAST, Q, RANKS, HEADS, BLOCK_P,
-            P_BLOCKS, W, V, STAGES,
+            P_BLOCKS, W, V, STAGES, PREFETCH,
         )  # fmt: skip

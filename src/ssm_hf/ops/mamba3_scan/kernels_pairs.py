@@ -19,6 +19,49 @@ from ssm_hf.ops.ssd.kernels import load_tile, place_of_chunk, store_tile
 
 
 @triton.jit
+def prefetch(pointers, wanted):
+    """Have 128 bytes at each pointer brought from memory into L2, of 16-bit numbers 64 at a time.
+
+    A program's loads wait for one another, with too few programs at work to hide that.
+    """
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        setp.ne.b32 p, $2, 0;
+        @p prefetch.global.L2 [$1];
+        mov.u32 $0, 0;
+        }""",
+        "=r,l,r", [pointers.to(tl.int64), wanted.to(tl.int32)], dtype=tl.int32, is_pure=False,
+        pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def prefetch_tokens(
+    ptr, batch, head, token, end, sb, st, sh, wanted, HEAD_DIM: tl.constexpr, Q: tl.constexpr
+):
+    """A chunk's rows of a head of x, dy or z."""
+    if ptr is not None:
+        j = tl.arange(0, Q)
+        at = ptr + batch * sb + head * sh + token * st + j * st
+        for n in tl.static_range(0, HEAD_DIM, 64):
+            prefetch(at + n, wanted & (token + j < end))
+
+
+@triton.jit
+def prefetch_state(
+    ptr, here, wanted, FIRST: tl.constexpr, LAST: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PITCH: tl.constexpr, BLOCK_P: tl.constexpr, P_BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Columns from FIRST to LAST of a head's state."""
+    for p_block in tl.static_range(P_BLOCKS):
+        p = p_block * BLOCK_P + tl.arange(0, BLOCK_P)
+        for n in tl.static_range(FIRST, LAST, 64):
+            at = ptr + here * (HEAD_DIM * PITCH) + p * PITCH + n
+            prefetch(at, wanted & (p < HEAD_DIM))
+
+
+@triton.jit
 def of_tokens(value, Q: tl.constexpr, RANKS: tl.constexpr):
     """Sums (Q,) over the ranks of (ROWS,)."""
     if RANKS == 1:
@@ -66,7 +109,7 @@ def mamba3_pairs_kernel(
     HEAD_DIM: tl.constexpr, RAGGED: tl.constexpr, PER_RANK: tl.constexpr, ROPE: tl.constexpr,
     VARLEN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
     Q: tl.constexpr, RANKS: tl.constexpr, BLOCK_P: tl.constexpr, P_BLOCKS: tl.constexpr,
-    W: tl.constexpr, V: tl.constexpr,
+    W: tl.constexpr, V: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """Gradients of x, gate, D and what decays, from the state that enters a chunk and the gradient
     of the one that leaves it. One program for a chunk and a head.
@@ -93,6 +136,12 @@ def mamba3_pairs_kernel(
     n = tl.arange(0, W)
     in_row = token + of_token < end
     in_tokens = token + j < end
+    if PREFETCH:
+        prefetch_tokens(x_ptr, batch, head, token, end, x_sb, x_st, x_sh, True, HEAD_DIM, Q)
+        prefetch_tokens(z_ptr, batch, head, token, end, z_sb, z_st, z_sh, True, HEAD_DIM, Q)
+        prefetch_tokens(dy_ptr, batch, head, token, end, dy_sb, dy_st, dy_sh, True, HEAD_DIM, Q)
+        prefetch_state(dstates_ptr, here, token < end, 0, PITCH, HEAD_DIM, PITCH, BLOCK_P, P_BLOCKS)
+        prefetch_state(states_ptr, here, token < end, 0, PITCH, HEAD_DIM, PITCH, BLOCK_P, P_BLOCKS)
     is_real = in_row
     if mask_ptr is not None:
         at_mask = mask_ptr + batch * mask_sb + (token + of_token) * mask_st

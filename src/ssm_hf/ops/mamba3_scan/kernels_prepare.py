@@ -231,13 +231,21 @@ def mamba3_prepare_kernel(
     token (chunks, H, Q, 4): running sum a of exponents inside the chunk, a - log2(s), gamma and Δ;
     with WIDE a in two parts, gamma and Δ, and s in scale (chunks, H, Q). sums (chunks, H, W): turns
     of a chunk; before: of its tokens before last (rows,), where the row's last document starts.
-    The first programs do that, one for a chunk and a block of heads; one more for each chunk writes
-    tanh(angles) / 2, turns (B, T, W), and B and C as the other kernels read them, (B, G, T, RANKS,
-    PITCH); one more for each block of heads writes the biases, (H, RANKS, PITCH).
+    The first programs, one for a chunk, write tanh(angles) / 2, turns (B, T, W), and B and C as the
+    other kernels read them, (B, G, T, RANKS, PITCH): they take longest. Then one for a chunk and a
+    block of heads does the above. The last, one for a block of heads, write the biases, (H, RANKS,
+    PITCH).
     """
     blocks = tl.cdiv(heads, BLOCK_H)
     pid = tl.program_id(0)
-    if pid < chunks * blocks:
+    if pid < chunks:
+        arrange_chunk(
+            B_ptr, C_ptr, angle_ptr, cu_ptr, first_ptr, row_ptr, turns_ptr, B_to_ptr, C_to_ptr, pid,
+            B_sb, B_st, B_sr, B_sg, C_sb, C_st, C_sr, C_sg, angle_sb, angle_st, rows, length,
+            groups, states, angles, pairs, half, ranks, VARLEN, PAIRWISE, Q, RANKS, W, PITCH, STEP,
+        )  # fmt: skip
+    elif pid < chunks * (blocks + 1):
+        pid -= chunks
         prepare_chunk(
             dt_ptr, A_ptr, trap_ptr, bias_ptr, angle_ptr, mask_ptr, next_ptr, doc_ptr, last_ptr,
             cu_ptr, first_ptr, row_ptr, token_ptr, scale_ptr, sums_ptr, before_ptr,
@@ -245,13 +253,6 @@ def mamba3_prepare_kernel(
             dt_sb, dt_st, dt_sh, A_sb, A_st, A_sh, trap_sb, trap_st, trap_sh, angle_sb, angle_st,
             mask_sb, mask_st, next_sb, next_st, doc_sb, doc_st, rows, length, heads, angles,
             SOFTPLUS, VARLEN, WIDE, PRECISION, Q, W, BLOCK_H,
-        )  # fmt: skip
-    elif pid < chunks * (blocks + 1):
-        arrange_chunk(
-            B_ptr, C_ptr, angle_ptr, cu_ptr, first_ptr, row_ptr, turns_ptr, B_to_ptr, C_to_ptr,
-            pid - chunks * blocks, B_sb, B_st, B_sr, B_sg, C_sb, C_st, C_sr, C_sg,
-            angle_sb, angle_st, rows, length, groups, states, angles, pairs, half, ranks,
-            VARLEN, PAIRWISE, Q, RANKS, W, PITCH, STEP,
         )  # fmt: skip
     else:
         head = (pid - chunks * (blocks + 1)) * BLOCK_H

@@ -306,7 +306,7 @@ def _gradients_of(
         marks.mask, dy, made.token, made.scale, made.turns, made.phase, states, dstates, dx,
         dmimo[0], dD, dz, dmimo[1], dmimo[2], grad, pairs, turn, *k.tables, *strides,
         k.rows, k.length, k.heads, k.groups, k.ranks, grad[0].numel(),
-        P_BLOCKS=-(-k.head_dim // options["BLOCK_P"]), **k.shape, **options,
+        P_BLOCKS=-(-k.head_dim // options["BLOCK_P"]), PREFETCH=k.prefetch, **k.shape, **options,
     )  # fmt: skip
     options = k.options("mamba3_bwd")
     heads = _heads_per_program(k, options.pop("HEADS"))
@@ -326,7 +326,7 @@ def _gradients_of(
         *k.tables, *strides, k.rows, k.length, k.heads, k.groups, k.ranks, grad[0].numel(),
         made.B.numel(), 0 if dturns is None else dturns[0].numel(),
         0 if dphase is None else dphase[0].numel(), HEADS=heads, HEAD_BLOCKS=parts,
-        P_BLOCKS=-(-k.head_dim // options["BLOCK_P"]), **k.shape, **options,
+        P_BLOCKS=-(-k.head_dim // options["BLOCK_P"]), PREFETCH=k.prefetch, **k.shape, **options,
     )  # fmt: skip
     del states, dstates, pairs
 

@@ -21,6 +21,7 @@ TURN = 2 * math.pi
 # Least channels, and slots of states, of a tile on a GPU. With Triton 3.6 on Hopper, products with
 # a side below 64 have led to invalid memory accesses and to wrong results.
 CHANNELS, SLOTS = 64, 32
+PREFETCH = True
 
 
 class Sizes(NamedTuple):
@@ -75,6 +76,11 @@ class Sizes(NamedTuple):
         }
 
     @property
+    def prefetch(self) -> bool:
+        """Whether kernels ask for memory ahead, on NVIDIA's GPUs and in 16 bits."""
+        return PREFETCH and self.fast and not self.wide
+
+    @property
     def pitch(self) -> int:
         """Slots of a row."""
         return 2 * self.width + self.rest
@@ -91,7 +97,7 @@ class Sizes(NamedTuple):
 
     def options(self, kernel: str) -> dict[str, Any]:
         """Tuned options, with blocks no larger than a head."""
-        size = "wide" if self.wide else f"n{self.pitch}"
+        size = "wide" if self.wide else "ranks" if self.ranks > 1 else f"n{self.pitch}"
         options: dict[str, Any] = dict(tuned(kernel, size, self.device))
         if "BLOCK_P" in options:
             options["BLOCK_P"] = min(
