@@ -49,7 +49,7 @@ _WITHOUT_KERNEL = ("linear_scan",)
 # Kernels that no GPU has held to their reference yet, as they stand. On a GPU they run on request
 # alone: a wrong number would be found by nobody. A line goes when `python -m tests.ops.grid` and
 # the operator's own tests have passed there.
-_UNPROVEN = ("interval_attention",)
+_UNPROVEN: tuple[str, ...] = ()
 
 
 # Triton decides this when a kernel is defined, so here too it is decided once.
