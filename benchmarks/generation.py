@@ -1,6 +1,7 @@
 """Times generation: the replayed step, whole calls, prefill, and the same with mamba_ssm.
 
     python -m benchmarks.generation [--models mamba2-130m,...] [--batches 1,64] [--peers]
+    python -m benchmarks.generation --models taipan-130m,mamba2-130m --contexts 2048,32768,131072
 
 Weights are random, in bf16, with the shapes of configs/model/*.json. Before a time is printed the
 tokens of a small model of the same family are compared in fp32: captured steps, steps one by one,
@@ -8,7 +9,8 @@ whole forward passes without a cache and transformers' loop must agree.
 
 Measures: `ms_per_token` is a whole `generate` call, prefill and host included, by its new tokens;
 `added_ms_per_token` what a token adds to a call; `replay_ms` the captured step alone, back to back;
-`first_token_ms` a call for one token.
+`first_token_ms` a call for one token. With `--contexts`, of one row with so many tokens behind it:
+`step_ms`, what a token adds to a call that goes on from the cache, and the size of that cache.
 """
 
 import argparse
@@ -51,7 +53,7 @@ THEIR_LOOP = {"logits_processor": LogitsProcessorList([Unknown()])}
 
 def case_of(name: str, batch: int) -> str:
     """`mamba-2.8b`, 64 -> `generate-2.7b-b64-mamba`, as benchmarks/targets.json names it."""
-    family, size = name.split("-")
+    family, _, size = name.rpartition("-")
     return f"generate-{size.replace('2.8b', '2.7b')}-b{batch}-{family}"
 
 
@@ -70,7 +72,8 @@ def generate(model: PreTrainedModel, ids: Tensor, new: int, **options: Any) -> T
 
 def check(name: str) -> None:
     """Raise unless all ways to the next token give the same one in fp32."""
-    model = build(name, torch.float32, num_hidden_layers=3, vocab_size=1000)
+    layers = {"num_mamba_layers": 6} if "taipan" in name else {"num_hidden_layers": 3}
+    model = build(name, torch.float32, vocab_size=1000, **layers)
     # No length in between is divisible by 16, for which kernels would be compiled again.
     ids, new = torch.randint(3, 1000, (2, 305), device="cuda"), 12
     captured = [generate(model, ids, new) for _ in range(2)][-1]
@@ -81,7 +84,7 @@ def check(name: str) -> None:
     }.items():
         if not torch.equal(captured, generate(model, ids, new, **options)):
             raise SystemExit(f"{name}: captured steps and {way} give different tokens")
-    print(f"{name.split('-')[0]}: tokens agree", flush=True)
+    print(f"{name.rpartition('-')[0]}: tokens agree", flush=True)
 
 
 def seconds(run: Callable[[], object], repeats: int = 3) -> float:
@@ -156,6 +159,32 @@ def prefill(model: PreTrainedModel, batch: int, prompt: int) -> dict[str, float]
         return {"ms": 1e3 * seconds(one, 7), "forward_ms": 1e3 * seconds(run, 7)}
 
 
+def after(model: PreTrainedModel, context: int, new: int) -> dict[str, float]:
+    """A prompt of `context` tokens in chunks, then calls of `generate` that go on from there."""
+    ids = torch.randint(3, 50000, (1, context), device="cuda")
+    cache = RecurrentCache(model.config)
+
+    def read() -> None:
+        with torch.no_grad():
+            for part in ids.split(8192, dim=1):
+                model(part, past_key_values=cache, logits_to_keep=1)
+
+    def go_on(tokens: int) -> float:
+        # What the cache has read is not read again; the last token is what it has not.
+        seen = torch.randint(3, 50000, (1, cache.get_seq_length() + 1), device="cuda")
+        return seconds(lambda: generate(model, seen, tokens, past_key_values=cache), 1)
+
+    values = {"prefill_s": seconds(read, 1)}
+    few = max(new // 5, 2)
+    go_on(few), go_on(few)
+    torch.cuda.reset_peak_memory_stats()
+    short, long = go_on(few), go_on(new)
+    values["step_ms"] = 1e3 * (long - short) / (new - few)
+    values["cache_mib"] = cache.nbytes / 2**20
+    values["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+    return values
+
+
 def peer(name: str, batch: int, prompt: int, new: int) -> dict[str, float]:
     """mamba_ssm's generate with its own CUDA graph."""
     without_cuda_scan()
@@ -191,6 +220,7 @@ def main() -> None:
     parser.add_argument("--batches", default="1,64")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--new", type=int, default=250)
+    parser.add_argument("--contexts", default="", help="tokens behind the new ones; one row")
     parser.add_argument("--no-check", action="store_true", help="do not compare tokens first")
     parser.add_argument("--peers", action="store_true", help="time mamba_ssm instead")
     parser.add_argument("--output", default=str(RESULTS / "generation.jsonl"))
@@ -203,11 +233,20 @@ def main() -> None:
             for batch in batches:
                 time_peer(args, name, batch)
         return
-    for family in sorted({n.split("-")[0] for n in names}, reverse=True):
+    for family in sorted({n.rpartition("-")[0] for n in names}, reverse=True):
         if not args.no_check:
             check(f"{family}-130m")
     for name in names:
         model = build(name)
+        if hasattr(model, "calibrate_threshold"):
+            model.calibrate_threshold([{"input_ids": torch.randint(3, 50000, (1, 4096)).cuda()}])
+        for context in map(int, filter(None, args.contexts.split(","))):
+            values = after(model, context, args.new)
+            case = f"decode-{name.rpartition('-')[2]}-{context}-{name.rpartition('-')[0]}"
+            write(args.output, case, "ssm_hf", values, {"B": 1, "context": context})
+            forget_graphs(model)
+        if args.contexts:
+            continue
         if "130m" in name:
             values = prefill(model, 1, args.prompt)
             case = f"prefill-130m-{name.split('-')[0]}"

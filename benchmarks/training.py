@@ -38,20 +38,22 @@ from training.peaks import peak_flops
 
 VOCAB = 50288
 MODELS = common.ROOT / "configs" / "model"
-Loss = Callable[[Tensor], Tensor]
+Batch = dict[str, Tensor]
+Loss = Callable[[Batch], Tensor]
 
 
 # --- models ---------------------------------------------------------------------------------------
 
 
 def ours(name: str, layers: int | None = None) -> tuple[nn.Module, Loss]:
-    """A model of configs/model, if wanted with fewer layers, and ids (B, T) -> loss."""
+    """A model of configs/model, if wanted with fewer layers, and its loss on the ids of a batch."""
     config = AutoConfig.from_pretrained(MODELS / f"{name}.json")
     config.num_hidden_layers = layers or config.num_hidden_layers
     torch.manual_seed(0)
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
-    return model, lambda ids: model(ids, labels=ids, use_cache=False, return_logits=False).loss
+    options = {"use_cache": False, "return_logits": False}
+    return model, lambda batch: model(**batch, labels=batch["input_ids"], **options).loss
 
 
 def llama(layers: int, hidden: int, heads: int) -> tuple[nn.Module, Loss]:
@@ -69,7 +71,7 @@ def llama(layers: int, hidden: int, heads: int) -> tuple[nn.Module, Loss]:
     torch.manual_seed(0)
     with torch.device("cuda"):
         model = LlamaForCausalLM(config).train()
-    return model, lambda ids: model(ids, labels=ids, use_cache=False).loss
+    return model, lambda batch: model(**batch, labels=batch["input_ids"], use_cache=False).loss
 
 
 def mamba_ssm(name: str, layers: int | None = None) -> tuple[nn.Module, Loss]:
@@ -120,11 +122,12 @@ def fla(name: str, layers: int | None = None) -> tuple[nn.Module, Loss]:
     torch.manual_seed(0)
     with torch.device("cuda"):
         model = Mamba2ForCausalLM(config).train()
-    return model, lambda ids: model(ids, labels=ids, use_cache=False).loss
+    return model, lambda batch: model(**batch, labels=batch["input_ids"], use_cache=False).loss
 
 
 def _loss_of_logits(model: nn.Module) -> Loss:
-    def loss(ids: Tensor) -> Tensor:
+    def loss(batch: Batch) -> Tensor:
+        ids = batch["input_ids"]
         logits = model(ids).logits[:, :-1].float()
         return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
@@ -160,21 +163,21 @@ PEERS: dict[str, Peer] = {
 # --- one pass -------------------------------------------------------------------------------------
 
 
-def backward_pass(loss: Loss, keep: bool = False) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
-    def run(batch: dict[str, Tensor], share: Tensor) -> Tensor:
+def backward_pass(loss: Loss, keep: bool = False) -> Callable[[Batch, Tensor], Tensor]:
+    def run(batch: Batch, share: Tensor) -> Tensor:
         with torch.autocast("cuda", torch.bfloat16), ssm_hf.keep_activations(keep):
-            value = loss(batch["input_ids"])
+            value = loss(batch)
         (value * share).backward()
         return value.detach()
 
     return run
 
 
-def loss_and_gradients(model: nn.Module, loss: Loss, ids: Tensor, bf16: bool) -> list[Tensor]:
+def loss_and_gradients(model: nn.Module, loss: Loss, batch: Batch, bf16: bool) -> list[Tensor]:
     """Loss and gradient, the latter in one piece in the host's memory."""
     model.zero_grad(set_to_none=True)
-    with torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16):
-        value = loss(ids)
+    with torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=bf16):
+        value = loss(batch)
     value.backward()
     # The only name of a parameter that differs comes first in ours and theirs, if sorted.
     grads = [p.grad.flatten().float() for _, p in sorted(model.named_parameters())]
@@ -189,21 +192,21 @@ class Truth(NamedTuple):
     bf16: list[Tensor]
 
     @classmethod
-    def of(cls, name: str, ids: Tensor) -> "Truth":
+    def of(cls, name: str, batch: Batch) -> "Truth":
         model, loss = ours(name)
         with ssm_hf.implementation("reference"):
-            return cls(*(loss_and_gradients(model, loss, ids, bf16) for bf16 in (False, True)))
+            return cls(*(loss_and_gradients(model, loss, batch, bf16) for bf16 in (False, True)))
 
 
 def check(
-    model: nn.Module, loss: Loss, ids: Tensor, truth: Truth, factor: float
+    model: nn.Module, loss: Loss, batch: Batch, truth: Truth, factor: float
 ) -> dict[str, float]:
     """Errors of the bf16 loss and gradient, and those of our torch path in bf16.
 
     Raises:
         RuntimeError: the model is more than `factor` times as far off.
     """
-    got = {"auto": loss_and_gradients(model, loss, ids, bf16=True), "reference": truth.bf16}
+    got = {"auto": loss_and_gradients(model, loss, batch, bf16=True), "reference": truth.bf16}
     errors = {
         f"{what}_error_{impl}": float((value - exact).norm() / exact.norm())
         for impl, values in got.items()
@@ -239,11 +242,12 @@ def top_kernels(run: Callable[[], object], count: int = 25) -> str:
 
 
 def measure(
-    model: nn.Module, loss: Loss, way: str, ids: Tensor, seconds: float, profile: bool
+    model: nn.Module, loss: Loss, way: str, batch: Batch, seconds: float, profile: bool
 ) -> dict[str, float]:
     """Speed and memory of one way to run the pass, and of the whole step."""
     model.zero_grad(set_to_none=True)
-    batch, share = {"input_ids": ids}, torch.ones((), device=ids.device)
+    ids = batch["input_ids"]
+    share = torch.ones((), device=ids.device)
     single = backward_pass(loss, keep=way == "graph-keep")
     began = time.perf_counter()
     is_graph = way.startswith("graph")
@@ -358,7 +362,7 @@ def start_compilers(arguments: argparse.Namespace) -> list[subprocess.Popen[byte
     tuned = [name for name in arguments.peers if name.startswith(TUNED)]
     command = [
         *(sys.executable, "-m", "benchmarks.training", "--peers", *tuned),
-        *("--batch", str(arguments.batch), "--length", str(arguments.length)),
+        *("--batch", str(arguments.batch), "--length", str(arguments.check_length)),
         *("--peer-choices", str(arguments.peer_choices), "--compile-part"),
     ]
     parts = [str(part) for part in range(arguments.processes if tuned else 0)]
@@ -379,10 +383,10 @@ def compile_part(
     """Compile every `parts`-th candidate of these peers' training pass.
 
     Triton compiles anew for sizes that are 1 and for those that 16 divides, so that of a larger
-    batch the smallest one of its kind will do, as will one layer and two of the peers' chunks.
+    batch the smallest one of its kind will do, as will one layer and a few of the peers' chunks.
     """
     rows = batch if batch == 1 else 16 if batch % 16 == 0 else 2
-    ids = torch.randint(3, 50280, (rows, min(length, 512)), device="cuda")
+    ids = torch.randint(3, 50280, (rows, length), device="cuda")
     built = [PEERS[name.partition(":")[0]].build(layers=1) for name in names]
     Autotuners(choices).compile_only(part, parts)
     for _, loss in built:
@@ -415,11 +419,17 @@ def main() -> None:
     parser.add_argument("--compile-part", type=int, nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--documents", type=int, default=1,
+                        help="packed in each row, on average; not with peers")  # fmt: skip
+    parser.add_argument("--check-length", type=int, default=512,
+                        help="of each row, for holding loss and gradients to fp32")  # fmt: skip
     parser.add_argument("--seconds", type=float, default=1.0, help="spent on each timing")
     parser.add_argument("--profile", action="store_true", help="print the kernels of one step")
     parser.add_argument("--first-step", nargs="*", default=[], metavar="MODEL")
     parser.add_argument("--output", type=Path, default=common.RESULTS / "training.jsonl")
     arguments = parser.parse_args()
+    if arguments.documents > 1 and arguments.peers:
+        parser.error("--documents: peers would mix what is packed")
     ssm_hf.register(override=True)
     if arguments.compile_part is not None:
         part, parts = arguments.compile_part
@@ -436,9 +446,17 @@ def main() -> None:
     shape = {"B": arguments.batch, "T": arguments.length}
     ids = torch.randint(3, 50280, (arguments.batch, arguments.length), device="cuda")
     share = torch.ones((), device="cuda")
+    batch = {"input_ids": ids}
+    if arguments.documents > 1:
+        starts = torch.rand(ids.shape, device="cuda") * ids.shape[1] < arguments.documents - 1
+        batch["seq_idx"] = starts.cumsum(1)
+        shape["documents"] = arguments.documents
+    some = {name: value[:, : arguments.check_length] for name, value in batch.items()}
     names = dict.fromkeys(peer.own for peer, _ in runs(arguments) if peer.own is not None)
-    truths = {name: Truth.of(name, ids[:, :512]) for name in names}
+    truths = {name: Truth.of(name, some) for name in names}
     for (case, provider, build, own), way in runs(arguments):
+        if arguments.documents > 1:
+            case = case.replace("train-", "train-packed-")
         model, loss = build()
         kept = way == "graph-keep"
         if provider in TUNED:
@@ -446,7 +464,7 @@ def main() -> None:
             Autotuners(arguments.peer_choices).measure_briefly()
         elif provider == "ssm_hf":
             with ssm_hf.compile_ahead():
-                backward_pass(loss, kept)({"input_ids": ids[:, :512]}, share)
+                backward_pass(loss, kept)(some, share)
         details = {
             "way": way,
             "shape": shape,
@@ -457,9 +475,9 @@ def main() -> None:
             # not; another function would be off by the gradient's own size.
             factor = 2 if provider == "ssm_hf" else 4
             with ssm_hf.keep_activations(kept):
-                details |= check(model, loss, ids[:, :512], truths[own], factor)
+                details |= check(model, loss, some, truths[own], factor)
         wait(compilers)  # they use the GPU too
-        values = measure(model, loss, way, ids, arguments.seconds, arguments.profile)
+        values = measure(model, loss, way, batch, arguments.seconds, arguments.profile)
         keep(case, provider, values, **details)
         del model, loss
         torch.cuda.empty_cache()

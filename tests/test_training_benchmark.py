@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 import ssm_hf
@@ -14,37 +14,43 @@ def _model(_name: str = "") -> tuple[nn.Module, training.Loss]:
                                  state_size=16, n_groups=1, vocab_size=48)  # fmt: skip
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
-    return model, lambda ids: model(ids, labels=ids, use_cache=False, return_logits=False).loss
+    options = {"use_cache": False, "return_logits": False}
+    return model, lambda batch: model(**batch, labels=batch["input_ids"], **options).loss
+
+
+@pytest.fixture(params=["one document", "packed"])
+def batch(request: pytest.FixtureRequest) -> training.Batch:
+    ids = torch.randint(3, 48, (2, 20))
+    return {"input_ids": ids} | (
+        {"seq_idx": ids.gt(40).cumsum(1)} if request.param == "packed" else {}
+    )
 
 
 @pytest.fixture
-def ids() -> Tensor:
-    return torch.randint(3, 48, (2, 20))
-
-
-@pytest.fixture
-def truth(ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> training.Truth:
+def truth(batch: training.Batch, monkeypatch: pytest.MonkeyPatch) -> training.Truth:
     ssm_hf.register(override=True)
     monkeypatch.setattr(training, "ours", _model)
-    return training.Truth.of("tiny", ids)
+    return training.Truth.of("tiny", batch)
 
 
-def test_the_same_weights_pass(ids: Tensor, truth: training.Truth) -> None:
-    errors = training.check(*_model(), ids, truth, 2)
+def test_the_same_weights_pass(batch: training.Batch, truth: training.Truth) -> None:
+    errors = training.check(*_model(), batch, truth, 2)
     assert 0 < errors["gradient_error_auto"] < 0.1  # bf16 against fp32
     assert errors["gradient_error_auto"] == errors["gradient_error_reference"]
     assert errors["loss_error_auto"] == errors["loss_error_reference"] < 1e-2
 
 
 @pytest.mark.parametrize("changed", ["loss", "gradient"])
-def test_another_function_is_not_timed(ids: Tensor, truth: training.Truth, changed: str) -> None:
+def test_another_function_is_not_timed(
+    batch: training.Batch, truth: training.Truth, changed: str
+) -> None:
     model, loss = _model()
     if changed == "gradient":
         with torch.no_grad():
             model.get_parameter("backbone.layers.0.mixer.in_proj.weight").mul_(1.5)
     with pytest.raises(RuntimeError, match=r"nothing is timed"):
         training.check(
-            model, lambda i: 1.1 * loss(i) if changed == "loss" else loss(i), ids, truth, 4
+            model, lambda b: 1.1 * loss(b) if changed == "loss" else loss(b), batch, truth, 4
         )
 
 
