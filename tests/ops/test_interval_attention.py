@@ -339,8 +339,11 @@ def test_bad_steps_are_refused() -> None:
     ("kind", "size", "dtype"),
     [
         *[(kind, size, torch.bfloat16) for size in (64, 128) for kind in KINDS],
+        ("documents", 16, torch.bfloat16),
+        ("random", 32, torch.bfloat16),
         ("documents", 96, torch.bfloat16),
         ("documents", 192, torch.bfloat16),
+        ("documents", 32, torch.float32),
         ("documents", 64, torch.float32),
         ("documents", 128, torch.float32),
     ],

@@ -22,15 +22,20 @@ _dq_kernel: Any = interval_attention_dq_kernel
 _dkv_kernel: Any = interval_attention_dkv_kernel
 
 
-def padded_dimensions(head_dim: int) -> int:
-    """The power of two in which kernels hold a head."""
-    return max(16, 1 << (head_dim - 1).bit_length())
+def padded_dimensions(head_dim: int, device: torch.device) -> int:
+    """The power of two in which kernels hold a head.
+
+    With Triton 3.6 on Hopper, products with a side below 64 lead to invalid memory accesses or to
+    wrong results.
+    """
+    least = 16 if common.architecture(device) == "cpu" else 64
+    return max(least, 1 << (head_dim - 1).bit_length())
 
 
 def _options(kernel: str, like: Tensor) -> dict[str, Any]:
     """Tuned options and constants of a kernel for heads like those of `like`."""
     head_dim = like.shape[-1]
-    block_d = padded_dimensions(head_dim)
+    block_d = padded_dimensions(head_dim, like.device)
     size = f"{'wide' if like.dtype == torch.float32 else 'd'}{block_d}"
     precision = "ieee"
     if common.architecture(like.device).startswith("sm"):
