@@ -48,7 +48,8 @@ Loss = Callable[[Batch], Tensor]
 def ours(name: str, layers: int | None = None) -> tuple[nn.Module, Loss]:
     """A model of configs/model, if wanted with fewer layers, and its loss on the ids of a batch."""
     config = AutoConfig.from_pretrained(MODELS / f"{name}.json")
-    config.num_hidden_layers = layers or config.num_hidden_layers
+    if layers is not None:
+        config.num_hidden_layers = layers
     torch.manual_seed(0)
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
