@@ -41,10 +41,12 @@ class Group:
         return sweep if best is None else [*sweep, *((best, seed) for seed in self.seeds[1:])]
 
     def planned(self) -> int:
-        """How many runs there will be."""
+        """How many runs there will be, as far as is known: where the best learning rate turns out
+        to be another one once its seeds are in, those of both are."""
+        least = len(self.learning_rates) + len(self.seeds) - 1
         if self.sweep == "all":
-            return len(self.learning_rates) * len(self.seeds)
-        return len(self.learning_rates) + len(self.seeds) - 1
+            least = len(self.learning_rates) * len(self.seeds)
+        return max(least, len({*self.results, *self.errors, *self.wanted()}))
 
     def open(self) -> list[tuple[float, int]]:
         """Runs that can go now and have not gone."""
