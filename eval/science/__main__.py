@@ -82,10 +82,11 @@ def run(
         except KeyboardInterrupt:
             print("interrupted; the report is of what is done", flush=True)
     seconds = [sum(r["seconds"].values()) for g in plan.groups.values() for r in g.results.values()]
+    where = file.resolve()
     header = {
         "title": suite.title,
         # Where a report is read, nobody has this machine's folders.
-        "suite": str(file.relative_to(ROOT)) if file.is_relative_to(ROOT) else file.name,
+        "suite": str(where.relative_to(ROOT)) if where.is_relative_to(ROOT) else file.name,
         "suite_sha256": sha256(file),
         "budget": suite.budget,
         "workers": workers,
