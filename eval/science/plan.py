@@ -41,8 +41,7 @@ class Group:
         return sweep if best is None else [*sweep, *((best, seed) for seed in self.seeds[1:])]
 
     def planned(self) -> int:
-        """How many runs there will be, as far as is known: where the best learning rate turns out
-        to be another one once its seeds are in, those of both are."""
+        """How many runs there will be, with those of other settings that are there."""
         least = len(self.learning_rates) + len(self.seeds) - 1
         if self.sweep == "all":
             least = len(self.learning_rates) * len(self.seeds)
@@ -53,11 +52,16 @@ class Group:
         return [key for key in self.wanted() if not self._is_over(key)]
 
     def best_learning_rate(self) -> float | None:
-        """The one of the highest mean selection score; token accuracy decides between equals.
-        None where no run has succeeded."""
+        """The one of the highest selection score, token accuracy decides between equals; with the
+        first seed or, where all seeds are swept, in the mean. None where no run has succeeded.
+
+        Later seeds do not turn a choice of the first one: a rate with a single run would win over
+        others whose seeds have had their share of bad luck.
+        """
+        swept = self.seeds if self.sweep == "all" else self.seeds[:1]
         scores = {}
         for rate in self.learning_rates:
-            found = [r["select"] for (of, _), r in self.results.items() if of == rate]
+            found = [self.results[rate, s]["select"] for s in swept if (rate, s) in self.results]
             if found:
                 scores[rate] = tuple(
                     sum(score[metric] for score in found) / len(found)

@@ -252,15 +252,16 @@ def test_the_sweep_comes_first_and_its_best_goes_on(tmp_path) -> None:
     assert len(group.of_best()) == 2
 
 
-def test_seeds_may_turn_the_choice_and_are_counted(tmp_path) -> None:
+def test_later_seeds_do_not_turn_the_choice(tmp_path) -> None:
     plan = Plan(suite_of(), tmp_path)
     group = plan.groups["copy", "small"]
     fake_result(plan, group, (0.1, 0), select=0.5)
     fake_result(plan, group, (0.2, 0), select=0.6)
     fake_result(plan, group, (0.2, 1), select=0.2)
-    assert group.best_learning_rate() == 0.1
-    # Two of the first choice are there, three of the second are wanted.
-    assert len(group.open()) == 2
+    assert group.best_learning_rate() == 0.2
+    assert group.open() == [(0.2, 2)]
+    # Counted, though it is not wanted any more.
+    fake_result(plan, group, (0.1, 1))
     assert group.planned() == 5
 
 
