@@ -50,7 +50,7 @@ def test_logits_and_gradients_equal_the_cpus(pair) -> None:
         expected = model(ids, labels=ids, **facts)
         moved = {name: value.cuda() for name, value in facts.items()}
         got = on_gpu(ids.cuda(), labels=ids.cuda(), **moved)
-        # fp32 rounding through three layers; tf32 is off by default. What stands at pads is nothing.
+        # fp32 rounding through three layers; tf32 is off by default. Pads have no logits.
         real = facts["attention_mask"].bool() if "attention_mask" in facts else doc >= 0
         assert relative_error(got.logits.cpu()[real], expected.logits[real]) < 1e-5
         wanted = torch.autograd.grad(expected.loss, list(model.parameters()))
