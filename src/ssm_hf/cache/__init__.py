@@ -144,6 +144,7 @@ class RecurrentCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last `-tokens_to_remove` tokens, which must have been recorded."""
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 gives a tensor
         if -tokens_to_remove > self.seen_tokens:
             raise ValueError(
                 f"cannot take back {-tokens_to_remove} tokens of {self.seen_tokens} seen"
