@@ -15,6 +15,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from ssm_hf import (
     HybridForCausalLM,
+    JambaForCausalLM,
     Mamba2ForCausalLM,
     Mamba3ForCausalLM,
     MambaForCausalLM,
@@ -29,6 +30,7 @@ CLASSES = {
     "mamba": MambaForCausalLM,
     "mamba2": Mamba2ForCausalLM,
     "mamba3": Mamba3ForCausalLM,
+    "jamba": JambaForCausalLM,
     "ssm_hybrid": HybridForCausalLM,
     "taipan": TaipanForCausalLM,
     "taipan-selected": TaipanForCausalLM,
