@@ -434,3 +434,16 @@ def test_flops_count_the_keys_that_are_seen() -> None:
     assert _mixer(window=3).flops_per_token(9) == linear + 4 * 24 * 24 // 9
     fused = FusedAttention(conv_kernel=4, use_conv_bias=True, **OPTIONS)
     assert fused.flops_per_token(1) == linear + 2 * 4 * 48 + 4 * 24
+
+
+@torch.no_grad()
+def test_single_convolved_tokens_run_on_the_kernels() -> None:
+    mixer = randomize_(FusedAttention(conv_kernel=4, use_conv_bias=True, **OPTIONS))
+    x = torch.randn(2, 5, D)
+    got = {}
+    for impl in ("reference", "triton"):
+        cache = _cache()
+        with implementation(impl):
+            got[impl] = torch.cat([mixer(t, SequenceInfo(), cache) for t in x.split(1, 1)], 1)
+    # fp32, in another order
+    assert relative_error(got["triton"], got["reference"]) < 1e-6

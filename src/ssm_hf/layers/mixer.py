@@ -213,7 +213,8 @@ class CausalConv1d(nn.Conv1d):
     ) -> tuple[Tensor, Any]:
         """x (B, T, C), the K-1 inputs before it -> act(conv(x)), the last K-1 inputs or None."""
         if x.shape[1] == 1 and state is not None and seq.mask is None:
-            step = pick("causal_conv1d", "auto", x.device, reference=causal_conv1d_step)
+            step = pick("causal_conv1d", "auto", x.device, reference=causal_conv1d_step,
+                        triton=_convolved_token)  # fmt: skip
             y, state = step(x[:, 0], self.weight[:, 0], self.bias, self.activation, state)
             return y[:, None], state
         return with_state(
@@ -233,6 +234,16 @@ class CausalConv1d(nn.Conv1d):
         """What `replayed_window` needs for inputs like x: any weight of the right shape, for only
         the window matters, and the layer's own may be offloaded."""
         return {"conv_weight": x.new_zeros(x.shape[-1], self.kernel_size[0])}
+
+
+def _convolved_token(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: Literal["silu"] | None,
+    state: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What `causal_conv1d_step` gives, by the operator's kernels."""
+    y, state = causal_conv1d(x[:, None], weight, bias, activation=activation, initial_state=state,
+                             return_final_state=True)  # fmt: skip
+    return y[:, 0], state
 
 
 def with_state(output: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Any]:
