@@ -137,7 +137,7 @@ def is_plain_step(x: Tensor, seq: SequenceInfo, layer: RecurrentLayer | None) ->
     return (
         x.shape[1] == 1
         and layer is not None
-        and bool(layer.state)
+        and len(layer.state) > 0
         and not layer.record_past
         and seq.mask is None
         and not torch.is_grad_enabled()
