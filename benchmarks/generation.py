@@ -9,7 +9,8 @@ whole forward passes without a cache and transformers' loop must agree.
 
 Measures: `ms_per_token` is a whole `generate` call, prefill and host included, by its new tokens;
 `added_ms_per_token` what a token adds to a call; `replay_ms` the captured step alone, back to back;
-`first_token_ms` a call for one token. With `--contexts`, of one row with so many tokens behind it:
+`first_token_ms` a call for one token; `transformers_loop_ms_per_token` what one adds to a call in
+transformers' loop. With `--contexts`, of one row with so many tokens behind it:
 `step_ms`, what a token adds to a call that goes on from the cache, and the size of that cache.
 """
 
@@ -111,7 +112,9 @@ def replay_ms(model: PreTrainedModel) -> float | None:
 def of_calls(call: Callable[[int], object], new: int, repeats: int = 3) -> dict[str, float]:
     """Times of whole calls: a token's share of a long one, and what a token adds."""
     short = max(new // 5, 2)
-    first, few, many = (1e3 * seconds(lambda n=n: call(n), repeats) for n in (1, short, new))
+    # The host makes the short calls, where it is what takes the time, uneven: more of them.
+    each = ((1, 3 * repeats), (short, repeats), (new, repeats))
+    first, few, many = (1e3 * seconds(lambda n=n: call(n), times) for n, times in each)
     return {
         "ms_per_token": many / new,
         "added_ms_per_token": (many - few) / (new - short),
@@ -141,10 +144,9 @@ def ours(
         values["sampled_ms_per_token"] = many / new
         values["sampled_replay_ms"] = replay_ms(model)
     if state is None and model.num_parameters() < 1e9:
-        few = max(new // 10, 2)
-        call(few, **THEIR_LOOP)
-        their = 1e3 * seconds(lambda: call(few, **THEIR_LOOP), 2)
-        values["transformers_loop_ms_per_token"] = (their - values["first_token_ms"]) / few
+        call(4, **THEIR_LOOP)
+        their = of_calls(lambda tokens: call(tokens, **THEIR_LOOP), new)
+        values["transformers_loop_ms_per_token"] = their["added_ms_per_token"]
     return {name: value for name, value in values.items() if value is not None}
 
 
