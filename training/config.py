@@ -147,6 +147,9 @@ class TrainConfig:
     precision: "fp32", or "bf16" autocast over fp32 parameters.
     batch_size: rows in one optimiser step, over all processes.
     micro_batch_size: rows in one forward of one process; the rest of the batch is accumulated.
+    label_smoothing: share of each target that is spread evenly over all ids. Small models of tasks
+        without noise reach a loss of exactly 0, after which nothing more is learnt; with it the
+        best logits are finite.
     max_steps: optimiser steps of the run.
     max_minutes: end after this much wall time inside the loop if `max_steps` has not been reached;
         the schedule then follows whichever limit is nearer, so it always ends fully decayed.
@@ -165,6 +168,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     batch_size: int = 8
     micro_batch_size: int = 8
+    label_smoothing: float = 0.0
     max_steps: int = 1000
     max_minutes: float | None = None
     log_every: int = 10
@@ -474,6 +478,12 @@ def _validate(config: TrainConfig) -> None:
         "optimizer.betas",
         optimizer.betas,
         "two numbers in [0, 1)",
+    )
+    require(
+        0 <= config.label_smoothing < 1,
+        "label_smoothing",
+        config.label_smoothing,
+        "a share in [0, 1)",
     )
     require(
         0 <= schedule.min_lr_ratio <= 1,

@@ -3,7 +3,10 @@
 import inspect
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
+
+from training.packing import IGNORED
 
 
 def parameter_groups(model: PreTrainedModel, weight_decay: float) -> list[dict[str, Any]]:
@@ -35,3 +38,19 @@ def loss_options(model: PreTrainedModel) -> dict[str, Any]:
     """Arguments of a forward pass that is made for its loss alone."""
     can_skip_logits = "return_logits" in inspect.signature(type(model).forward).parameters
     return {"use_cache": False, **({"return_logits": False} if can_skip_logits else {})}
+
+
+def smoothing_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """What smoothed targets add to the mean loss of labels, for each share that is spread.
+
+    Cross-entropy of the even distribution less that of the labels (Szegedy et al. 2016, section 7):
+    the normaliser cancels, and the label's logit less the mean of all is left.
+
+    Args:
+        logits: (B, T, V).
+        labels: (B, T), each read one place earlier, as in transformers' losses.
+    """
+    logits, labels = logits[:, :-1].float(), labels[:, 1:]
+    asked = labels != IGNORED
+    of_label = logits.gather(2, labels.clamp(min=0)[..., None]).squeeze(2)
+    return ((of_label - logits.mean(2)) * asked).sum() / asked.sum().clamp(min=1)

@@ -57,7 +57,7 @@ from training.data import (
 from training.graph import Batch, GraphedPass, Pass
 from training.metrics import Meter, RunLog, heldout_loss, model_figures, write_samples
 from training.packing import IGNORED, PackedRows
-from training.peers import flops_per_token, loss_options, parameter_groups
+from training.peers import flops_per_token, loss_options, parameter_groups, smoothing_loss
 from training.schedule import lr_factor, run_progress
 from training.tasks import TaskRows
 
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     log = RunLog(run_dir / "log.jsonl", accelerator, resumes=checkpoint is not None)
     log.write("start" if checkpoint is None else "resume", state.step, data=identity)
     figures: list[str] = []
-    run_pass = forward_backward(accelerator, model, figures, config.model.keep_activations)
+    run_pass = forward_backward(accelerator, model, figures, config)
     graphed = GraphedPass(run_pass, model.parameters()) if execution == "graph" else None
     log.say(
         f"{config.run_dir}: {type(accelerator.unwrap_model(model)).__name__} of "
@@ -425,20 +425,26 @@ def train_step(run: Run, micro_batches: list[Batch]) -> Tensor:
 
 
 def forward_backward(
-    accelerator: Accelerator, model: nn.Module, figures: list[str], keep_activations: bool
+    accelerator: Accelerator, model: nn.Module, figures: list[str], config: TrainConfig
 ) -> Pass:
     """The pass over one micro-batch: adds its share of the step's gradient, returns that of the
     loss and of other figures, whose names it writes into `figures`. The factor undoes the averages
     over micro-batches and processes."""
     undo_mean = accelerator.gradient_accumulation_steps * accelerator.num_processes
     options = loss_options(accelerator.unwrap_model(model, keep_torch_compile=False))
+    smoothing = config.label_smoothing
+    if smoothing:
+        options.pop("return_logits", None)
 
     def run(batch: Batch, share: Tensor) -> Tensor:
         # Around both: gradient checkpointing runs a part of the forward pass once more.
-        with ssm_hf.keep_activations(keep_activations):
+        with ssm_hf.keep_activations(config.model.keep_activations):
             output = model(**batch, **options)
-            accelerator.backward(output.loss * (share * undo_mean))
-        values = {"loss": output.loss, **model_figures(output)}
+            loss = output.loss
+            if smoothing:
+                loss = loss + smoothing * smoothing_loss(output.logits, batch["labels"])
+            accelerator.backward(loss * (share * undo_mean))
+        values = {"loss": loss, **model_figures(output)}
         figures[:] = values
         return torch.stack([value.detach().float() for value in values.values()]) * share
 

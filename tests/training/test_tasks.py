@@ -11,7 +11,7 @@ import ssm_hf
 from eval.tasks import IGNORED
 from training.config import DataConfig, TaskConfig, load_config
 from training.data import prepare_data
-from training.peers import flops_per_token, loss_options, parameter_groups
+from training.peers import flops_per_token, loss_options, parameter_groups, smoothing_loss
 from training.tasks import TaskRows
 from training.train import main
 
@@ -220,3 +220,29 @@ def test_peers_are_asked_what_they_do_not_say() -> None:
     assert loss_options(own) == {"use_cache": False, "return_logits": False}
     assert flops_per_token(own, 24) == own.flops_per_token(24)
     assert [g["weight_decay"] for g in parameter_groups(own, 0.1)] == [0.1, 0]
+
+
+def test_smoothed_targets_add_what_torch_adds() -> None:
+    logits = torch.randn(3, 7, 5, dtype=torch.float64)
+    labels = torch.randint(0, 5, (3, 7))
+    labels[0, 2:4] = labels[2, :3] = IGNORED
+    given = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    plain = torch.nn.functional.cross_entropy(*given, ignore_index=IGNORED)
+    smooth = torch.nn.functional.cross_entropy(*given, ignore_index=IGNORED, label_smoothing=0.2)
+    # Logits are read in fp32.
+    torch.testing.assert_close(
+        plain + 0.2 * smoothing_loss(logits, labels).double(), smooth, atol=1e-6, rtol=0
+    )
+
+
+def test_smoothing_reaches_the_loss(recipe) -> None:
+    path = recipe(MODELS["mamba2"]())
+    losses = []
+    for share in ("0", "0.5"):
+        folder = path.parent / f"smoothed-{share}"
+        arguments = ["--label_smoothing", share, "--run_dir", str(folder), "--log_every", "1"]
+        main(["--config", str(path), *arguments])
+        lines = (folder / "log.jsonl").read_text().splitlines()
+        losses.append([e["loss"] for e in map(json.loads, lines) if e["event"] == "train"])
+    assert losses[0][0] != losses[1][0]
+    assert losses[1][-1] > 0
