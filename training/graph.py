@@ -4,6 +4,7 @@ Rows of training data all have one length, so every pass launches the same kerne
 shapes. Captured once and replayed, a pass costs the host one launch in place of thousands.
 """
 
+import gc
 from collections.abc import Callable, Iterable
 
 import torch
@@ -75,23 +76,27 @@ class GraphedPass:
     def _prepare(self, batch: Batch, share: Tensor) -> None:
         """Compile and load all kernels, then capture the pass that writes the gradients.
 
+        Random numbers are left as they were: the first replay draws what the pass outside of a
+        graph would have drawn.
+
         Raises:
             RuntimeError: a replay does not give what the pass gives outside of a graph.
         """
         self._batch = {name: value.clone() for name, value in batch.items()}
         self._share = share.clone()
+        generator = torch.cuda.get_rng_state()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             with ssm_hf.compile_ahead():
                 self._run(self._batch, self._share)
             self._forget_gradients()
-            # A model may draw at random: it is to draw the same in the replay.
-            generator = torch.cuda.get_rng_state()
+            torch.cuda.set_rng_state(generator)
             expected = self._summary(self._run(self._batch, self._share))
         torch.cuda.current_stream().wait_stream(stream)
         self._forget_gradients()
         torch.cuda.synchronize()
+        gc.collect()  # cycles hold nodes of the autograd graph, which belong to the other stream
         torch.cuda.empty_cache()  # the graphs' memory comes on top of what these runs have left
         graph, figures = self._graphs[True] = self._captured()
         torch.cuda.set_rng_state(generator)
@@ -103,6 +108,7 @@ class GraphedPass:
                 f"the captured pass gives loss and gradient norm {got.tolist()}, the same pass "
                 f"outside of the graph {expected.tolist()}; run without a graph"
             )
+        torch.cuda.set_rng_state(generator)
 
     def _summary(self, figures: Tensor) -> Tensor:
         """Loss and gradient norm, (2,)."""
