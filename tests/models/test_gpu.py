@@ -133,8 +133,6 @@ def test_training_pass_never_waits_for_the_gpu(pair, return_logits: bool) -> Non
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_replayed_pass_equals_the_eager_one(pair, checkpointed: bool) -> None:
     model = decide_(copy.deepcopy(pair[1])).train()
-    if getattr(model.config, "gumbel_noise", 0):
-        model.config.gumbel_noise = 0.0  # each of the two would draw its own
     graphed_model = copy.deepcopy(model)
     if checkpointed:
         enable = getattr(
