@@ -140,6 +140,19 @@ def test_kernels_keep_a_state_per_document(monkeypatch: pytest.MonkeyPatch) -> N
     _assert_equal_to_torch(inputs, cu_seqlens=cu_seqlens, mask=mask)
 
 
+@pytest.mark.parametrize("channels", [8, 16])
+def test_kernels_add_up_over_channels(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned = launch.tuned
+
+    def larger(kernel: str, size: str, device: torch.device) -> dict[str, int]:
+        options = tuned(kernel, size, device)
+        wanted = {"STATES": 16 * channels} if kernel == "selective_scan_bwd" else {}
+        return {**options, **wanted}
+
+    monkeypatch.setattr(launch, "tuned", larger)
+    _assert_equal_to_torch(_draw(1, 5, channels + 3, 16))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_kernels_round_half_precision_once(dtype: torch.dtype) -> None:
     # y's gradient and every result are rounded once: half a unit in the last place each, or a whole
