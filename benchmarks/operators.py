@@ -350,9 +350,10 @@ def _route_work(s: Shape, item: int, backward: bool) -> Work:
     return Work(s["B"] * s["T"] * moved)
 
 
-def _intervals(s: Shape, rows: int) -> tuple[Tensor, Tensor]:
+def _intervals(s: Shape, rows: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Causal intervals of documents, within a `window` if there is one; of `percent` of the tokens,
-    chosen at random, if not of all."""
+    chosen at random, if not of all. Where they stay in their `places` these come too, the others
+    behind them, which see nothing."""
     T, device = s["T"], DEVICE
     high = torch.arange(T, device=device).expand(rows, -1)
     low = torch.zeros_like(high)
@@ -364,27 +365,33 @@ def _intervals(s: Shape, rows: int) -> tuple[Tensor, Tensor]:
     if "percent" in s:
         generator = torch.Generator(device).manual_seed(s["percent"])
         order = torch.rand(rows, T, device=device, generator=generator).argsort(dim=1)
-        chosen = order[:, : T * s["percent"] // 100].sort(dim=1).values
+        count = T * s["percent"] // 100
+        chosen = order[:, :count].sort(dim=1).values
         low, high = low.gather(1, chosen), high.gather(1, chosen)
-    return low.contiguous(), high.contiguous()
+        if "placed" in s:
+            blind = low.new_zeros(rows, T - count)
+            places = torch.cat([chosen, order[:, count:]], dim=1)
+            return torch.cat([low, blind + 1], dim=1), torch.cat([high, blind], dim=1), places
+    return low.contiguous(), high.contiguous(), None
 
 
 def _draw_attention(s: Shape, dtype: torch.dtype) -> Inputs:
     B, T, H, G, P = (s[k] for k in "BTHGP")
-    low, high = _intervals(s, B)
+    low, high, places = _intervals(s, B)
     return {
         "q": _normal(B, low.shape[1], H, P, dtype=dtype),
         "k": _normal(B, T, G, P, dtype=dtype),
         "v": _normal(B, T, G, P, dtype=dtype),
         "low": low,
         "high": high,
+        **({} if places is None else {"places": places}),
     }
 
 
 def _attention_work(s: Shape, item: int, backward: bool) -> Work:
     """Two products a pair of a query and a key that it sees, and five more for the gradients."""
     B, T, H, G, P = (s[k] for k in "BTHGP")
-    low, high = _intervals(s, 1)
+    low, high, _ = _intervals(s, 1)
     queries, pairs = low.shape[1], B * H * int((high - low + 1).sum())
     moved = B * 2 * (queries * H + T * G) * P * item
     cost = 1 if item == 2 else 6
@@ -561,6 +568,7 @@ GRID += [
     for name, more in (
         ("packed", {"documents": 8}), ("causal", {}), ("window", {"window": 2048}),
         ("selected", {"window": 2048, "percent": 15}),
+        ("placed", {"window": 2048, "percent": 15, "placed": 1}),
     )
 ]  # fmt: skip
 GRID += [

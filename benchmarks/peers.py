@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssm_hf.ops.interval_attention import put_rows, rows_at
+
 Run = Callable[..., Any]
 PEERS: dict[str, dict[str, Callable[[], Run]]] = {}
 
@@ -297,7 +299,9 @@ def _experts_grouped() -> Run:
 
 @_peer("interval_attention", "torch, sdpa with a mask")
 def _masked_attention() -> Run:
-    def run(q, k, v, low, high):
+    def run(q, k, v, low, high, places=None):
+        if places is not None:
+            return put_rows(run(rows_at(q, places), k, v, low, high), places, q.shape[1])
         key = torch.arange(k.shape[1], device=q.device)
         mask = (key >= low[..., None]) & (key <= high[..., None])
         heads = (t.transpose(1, 2) for t in (q, k, v))

@@ -80,15 +80,17 @@ def attention(device: torch.device) -> None:
         k, v = torch.randn(2, 2, keys, groups, size, device=device, dtype=dtype)
         low = torch.randint(-5, keys + 5, (2, queries), device=device)
         high = low + torch.randint(-5, keys, low.shape, device=device)
-        for mask in (None, torch.rand(2, keys, device=device) > 0.3):
+        order = torch.rand(2, queries, device=device).argsort(dim=1)
+        mask = torch.rand(2, keys, device=device) > 0.3
+        for options in ({}, {"key_mask": mask}, {"places": order}):
             leaves = [q, k.requires_grad_(), v.requires_grad_()]
-            interval_attention(*leaves, low, high, key_mask=mask, impl="triton").sum().backward()
+            interval_attention(*leaves, low, high, **options, impl="triton").sum().backward()
         cache = torch.zeros(2, 2, keys, groups, size, device=device, dtype=dtype)
         length = torch.tensor([keys - 1, 3 * keys], device=device)
         interval_attention_step(q[:, 0].detach(), k[:, 0].detach(), v[:, 0].detach(), *cache,
                                 length, impl="triton")  # fmt: skip
     torch.cuda.synchronize()
-    print(f"interval_attention: {3 * len(ATTENTION)} calls", flush=True)
+    print(f"interval_attention: {4 * len(ATTENTION)} calls", flush=True)
 
 
 # Operators that are not on the grid.

@@ -12,6 +12,8 @@ from ssm_hf.ops.interval_attention import (
     interval_attention,
     interval_attention_definition,
     interval_attention_step,
+    put_rows,
+    rows_at,
 )
 from tests.helpers import kernel_device, relative_error
 
@@ -176,6 +178,37 @@ def test_kernels_give_the_gradients_that_are_wanted() -> None:
             assert torch.equal(grad, expected[i])
 
 
+def assert_same_in_places(
+    rows: int, queries: int, blind: int, size: int, dtype: torch.dtype, tolerance: float, impl: str
+) -> None:
+    """As gathered queries whose results are put back; the last `blind` of them see nothing."""
+    leaves = _leaves(2, rows, rows, 4, 2, size, dtype)
+    places = torch.rand(2, rows, device=DEVICE).argsort(dim=1)[:, :queries]
+    places[:, : queries - blind] = places[:, : queries - blind].sort(dim=1).values
+    low, high = (places - rows // 3).clamp(min=0), places.clone()
+    low[:, queries - blind :], high[:, queries - blind :] = 1, 0
+    wide: Any = [t.detach().double().requires_grad_() for t in leaves]
+    near = rows_at(wide[0], places)
+    y = interval_attention_definition(near, *wide[1:], low, high, None, size**-0.5)
+    expected = put_rows(y, places, rows)
+    y = attend(leaves, low, high, places=places, impl=impl)
+    probe = torch.randn_like(expected)
+    grads = torch.autograd.grad(y, leaves, probe.to(dtype))
+    right = torch.autograd.grad(expected, wide, probe.to(dtype).double())
+    for name, got, wanted in zip("yqkv", (y, *grads), (expected, *right), strict=True):
+        assert relative_error(got, wanted) < tolerance, name
+    hidden = torch.ones(2, rows, dtype=torch.bool, device=DEVICE)
+    hidden.scatter_(1, places[:, : queries - blind], False)
+    assert not y[hidden].any()
+    assert not grads[0][hidden].any()
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize(("queries", "blind"), [(37, 20), (21, 0), (37, 37)])
+def test_queries_in_their_places(queries: int, blind: int, impl: str) -> None:
+    assert_same_in_places(37, queries, blind, 16, torch.float32, SINGLE, impl)
+
+
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 def test_no_queries(impl: str) -> None:
     leaves = _leaves(2, 0, 7)
@@ -188,7 +221,9 @@ def test_no_queries(impl: str) -> None:
 def test_kernels_are_traceable_and_compile_without_breaks() -> None:
     leaves = _leaves(1, 17, 17)
     low, high = _intervals("window", 1, 17, 17)
-    torch.library.opcheck(launch._forward, (*leaves, low, high, None, 0.25), test_utils=TRACEABLE)
+    torch.library.opcheck(
+        launch._forward, (*leaves, low, high, None, None, 0.25), test_utils=TRACEABLE
+    )
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return interval_attention(q, k, v, low, high, impl="triton")
@@ -214,6 +249,9 @@ def test_bad_input_is_refused() -> None:
         ({"low": low[:1]}, "one shape"),
         ({"key_mask": torch.ones(2, 7, device=DEVICE)}, "key_mask"),
         ({"scale": 0.0}, "scale"),
+        ({"places": low[:, :4]}, "low"),
+        ({"places": low.int()}, "places"),
+        ({"places": low[:1]}, "places"),
     ]
     for changed, message in wrong:
         with pytest.raises(ValueError, match=message):
@@ -357,6 +395,18 @@ def test_kernels_equal_the_definition_on_a_gpu(kind: str, size: int, dtype: torc
     # 9 bits of q, k, v, of weights and of the result
     tolerance = SINGLE if dtype == torch.float32 else 2**-7
     assert_same(_leaves(2, queries, 1234, 6, 2, size, dtype), low, high, tolerance)
+
+
+@needs_gpu
+@pytest.mark.parametrize(
+    ("size", "dtype"), [(64, torch.bfloat16), (128, torch.bfloat16), (64, torch.float32)]
+)
+@pytest.mark.parametrize(("queries", "blind"), [(1111, 800), (300, 0)])
+def test_queries_in_their_places_on_a_gpu(
+    queries: int, blind: int, size: int, dtype: torch.dtype
+) -> None:
+    tolerance = SINGLE if dtype == torch.float32 else 2**-7
+    assert_same_in_places(1111, queries, blind, size, dtype, tolerance, "triton")
 
 
 @needs_gpu

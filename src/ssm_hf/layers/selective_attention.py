@@ -35,6 +35,8 @@ from ssm_hf.ops.interval_attention import (
     interval_attention,
     interval_attention_definition,
     interval_attention_step,
+    put_rows,
+    rows_at,
 )
 from ssm_hf.ops.packing import host_may_read
 from ssm_hf.sequence import SequenceInfo
@@ -56,9 +58,14 @@ class Chosen(NamedTuple):
 
     def take(self, x: Tensor) -> Tensor:
         """x (B, T, ...) -> (B, N, ...); (1, T, ...) stands for equal rows."""
-        x = x.expand(len(self.index), *x.shape[1:])
-        index = self.index.reshape(*self.index.shape, *[1] * (x.ndim - 2))
-        return x.gather(1, index.expand(-1, -1, *x.shape[2:]))
+        if x.ndim == 2:
+            return x.expand(len(self.index), -1).gather(1, self.index)
+        return rows_at(x.expand(len(self.index), *x.shape[1:]), self.index)
+
+    def put(self, x: Tensor, length: int) -> Tensor:
+        """x (B, N, ...) -> (B, T, ...), 0 at other places and where none is selected."""
+        valid = self.valid.reshape(*self.valid.shape, *[1] * (x.ndim - 2))
+        return put_rows(x.masked_fill(~valid, 0), self.index, length)
 
 
 def choose(selected: Tensor) -> Chosen:
@@ -276,7 +283,10 @@ class SelectiveAttention(SelfAttention):
         state: State,
     ) -> Tensor:
         """What is added to the stream, by attention of the selected tokens alone."""
-        q = self._queries(chosen.take(x), None if position is None else chosen.take(position))
+        # Where the host does not know how many there are, all queries come, in their places.
+        in_place = chosen.index.shape[1] == x.shape[1]
+        taken = (lambda t: t) if in_place else chosen.take
+        q = self._queries(taken(x), None if position is None else taken(position))
         cached, key_mask = None, None
         if state:
             cached = _Cached.of(state, self.ring)
@@ -290,12 +300,14 @@ class SelectiveAttention(SelfAttention):
         else:
             low, high = self._ranks(gate.selected, seq, own, chosen, state, cached)
         low, high = low.masked_fill(~chosen.valid, 1), high.masked_fill(~chosen.valid, 0)
-        o = self.o_proj(self._attend_intervals(q, k, v, low, high, key_mask).flatten(2))
+        places = chosen.index if in_place else None
+        y = self._attend_intervals(q, k, v, low, high, key_mask, places)
+        o = self.o_proj(y.flatten(2))
+        if in_place:
+            weight = gate.weight.masked_fill(~gate.selected, 0)
+            return self._combined(o, stream, gate._replace(weight=weight))
         picked = Gate(*(chosen.take(t) for t in gate))
-        value = self._combined(o, chosen.take(stream), picked)
-        value = value.masked_fill(~chosen.valid[..., None], 0)
-        index = chosen.index[..., None].expand_as(value)
-        return torch.zeros_like(stream).scatter(1, index, value)
+        return chosen.put(self._combined(o, chosen.take(stream), picked), x.shape[1])
 
     def _ranks(
         self,
@@ -323,11 +335,24 @@ class SelectiveAttention(SelfAttention):
         return torch.maximum(first, high - (self.budget - 1)), high
 
     def _attend_intervals(
-        self, q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, key_mask: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        low: Tensor,
+        high: Tensor,
+        key_mask: Tensor | None,
+        places: Tensor | None,
     ) -> Tensor:
-        """q (B, N, H, d) over k, v (B, S, G, d) -> (B, N, H, d), 0 where nothing is seen."""
+        """q (B, N, H, d) over k, v (B, S, G, d) -> (B, N, H, d), 0 where nothing is seen.
+
+        With places (B, N), the intervals are those of the queries there.
+        """
         name = self._implementation()
         k, v = k.to(q.dtype), v.to(q.dtype)
+        if places is not None and name in ("eager", "flex_attention"):
+            y = self._attend_intervals(rows_at(q, places), k, v, low, high, key_mask, None)
+            return put_rows(y, places, q.shape[1])
         if name == "flex_attention":
             number = torch.arange(k.shape[1], device=k.device).expand(k.shape[:2])
             if key_mask is not None:
@@ -338,8 +363,9 @@ class SelectiveAttention(SelfAttention):
         if name == "eager":
             return interval_attention_definition(q, k, v, low, high, key_mask, self.scaling)
         return interval_attention(
-            q, k, v, low, high, key_mask=key_mask, scale=self.scaling, impl=self._impl()
-        )
+            q, k, v, low, high, key_mask=key_mask, places=places, scale=self.scaling,
+            impl=self._impl(),
+        )  # fmt: skip
 
     def _impl(self) -> str:
         """Our kernels where they can run, unless another implementation is stated."""

@@ -15,6 +15,7 @@ def aot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for head_dim in (16, 64, 128):
         yield f"fp32, {head_dim}", lambda d=head_dim: _rows(2, 300, 4, 2, d, torch.float32)
     yield "selected queries", lambda: _rows(2, 4096, 12, 12, 64, torch.bfloat16, queries=614)
+    yield "in their places", lambda: _rows(2, 4096, 12, 12, 64, torch.bfloat16, placed=True)
     yield "ones", lambda: _rows(1, 1, 1, 1, 1, torch.float32)
     yield "one token", lambda: _step(1, 4096, 12, 4, 64, torch.bfloat16)
     yield "one token of many rows", lambda: _step(64, 4096, 32, 32, 128, torch.bfloat16)
@@ -24,7 +25,7 @@ def aot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
 
 def _rows(
     batch: int, keys: int, heads: int, groups: int, head_dim: int, dtype: torch.dtype,
-    masked: bool = False, queries: int | None = None,
+    masked: bool = False, queries: int | None = None, placed: bool = False,
 ) -> None:  # fmt: skip
     queries = queries or keys
     width = (heads + 2 * groups) * head_dim
@@ -32,7 +33,9 @@ def _rows(
     q, k, v = rows.unflatten(-1, (-1, head_dim)).split([heads, groups, groups], dim=2)
     bound = torch.zeros(batch, queries, dtype=torch.int64)
     mask = torch.ones(batch, keys, dtype=torch.bool) if masked else None
-    y = interval_attention(q[:, :queries], k, v, bound, bound, key_mask=mask, impl="triton")
+    places = torch.zeros(batch, queries, dtype=torch.int64) if placed else None
+    y = interval_attention(q[:, :queries], k, v, bound, bound, key_mask=mask, places=places,
+                           impl="triton")  # fmt: skip
     y.sum().backward()
 
 

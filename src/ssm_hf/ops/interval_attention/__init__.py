@@ -9,6 +9,8 @@ from ssm_hf.ops.interval_attention.reference import (
     interval_attention_definition,
     interval_attention_torch,
     product_dtype,
+    put_rows,
+    rows_at,
 )
 from ssm_hf.ops.interval_attention.step import interval_attention_step
 from ssm_hf.ops.launch import unsupported_dtypes
@@ -23,6 +25,8 @@ __all__ = [
     "interval_attention",
     "interval_attention_definition",
     "interval_attention_step",
+    "put_rows",
+    "rows_at",
     "why_unsupported",
 ]
 
@@ -47,6 +51,7 @@ def interval_attention(
     high: Tensor,
     *,
     key_mask: Tensor | None = None,
+    places: Tensor | None = None,
     scale: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
@@ -58,18 +63,20 @@ def interval_attention(
     logarithm of the softmax's denominator for the backward pass, which is deterministic.
 
     Args:
-        q: (B, N, H, d).
+        q: (B, N, H, d); with `places` (B, T, H, d).
         k: (B, S, G, d), G divides H; head h reads keys and values h // (H / G).
         v: (B, S, G, d).
         low: (B, N), or (1, N) where all rows are alike, integers: the first key of each query.
         high: the same shape: its last key, included. Parts of an interval outside 0..S-1 hold no
             keys. A query that sees no key gives 0, and no gradients.
         key_mask: (B, S) bool, False = seen by nobody.
+        places: (B, N) int64, which rows of q the queries are, each at most once; other rows give 0.
+            Default: all, in their order. So queries that lie scattered need not be gathered.
         scale: of the scores, positive; default d^-0.5.
         impl: `"auto"`, `"reference"` or `"triton"`.
 
     Returns:
-        (B, N, H, d) in q's dtype; softmax and sums are formed in fp32 or wider.
+        q's shape, in q's dtype; softmax and sums are formed in fp32 or wider.
 
     Raises:
         ValueError: shapes disagree, or the scale is not positive.
@@ -79,6 +86,13 @@ def interval_attention(
     """
     check_heads(q, k, v)
     rows = (q.shape[0], q.shape[1])
+    if places is not None:
+        if places.ndim != 2 or places.dtype != torch.int64 or places.shape[0] != q.shape[0]:
+            raise ValueError(
+                f"places must be an int64 tensor of shape ({q.shape[0]}, N), "
+                f"got {places.dtype} of shape {tuple(places.shape)}"
+            )
+        rows = (q.shape[0], places.shape[1])
     for name, bound in (("low", low), ("high", high)):
         is_integer = not bound.is_floating_point() and bound.dtype != torch.bool
         if bound.shape not in (rows, (1, rows[1])) or not is_integer:
@@ -103,7 +117,7 @@ def interval_attention(
         triton=interval_attention_triton,
         unsupported=why_unsupported(q, k, v),
     )
-    return run(q, k, v, low, high, key_mask, checked_scale(scale, q.shape[-1]))
+    return run(q, k, v, low, high, key_mask, places, checked_scale(scale, q.shape[-1]))
 
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:

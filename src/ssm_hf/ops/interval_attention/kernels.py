@@ -38,19 +38,31 @@ def tiles_of_keys(low, high, BLOCK_N: tl.constexpr):
 def load_rows(
     ptr, row, rows, stride, head_dim,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
-    MASKED: tl.constexpr, EVEN_D: tl.constexpr,
+    RAGGED: tl.constexpr, EVEN_D: tl.constexpr,
 ):  # fmt: skip
-    """Rows row..row+BLOCK of a matrix, (BLOCK, BLOCK_D); strides count UNITs."""
+    """Rows row..row+BLOCK of a matrix, (BLOCK, BLOCK_D); strides count UNITs.
+
+    Where they may pass the last one (RAGGED) that one comes again: it costs less than a mask.
+    """
     r, d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    if RAGGED:
+        r = tl.minimum(r, rows - 1 - row)
     ptrs = ptr + tl.cast(row, tl.int64) * stride * UNIT + (r[:, None] * stride * UNIT + d[None, :])
-    if MASKED and EVEN_D:
-        return tl.load(ptrs, mask=(row + r < rows)[:, None], other=0.0)
-    elif MASKED:
-        return tl.load(ptrs, mask=(row + r < rows)[:, None] & (d < head_dim)[None, :], other=0.0)
-    elif EVEN_D:
+    if EVEN_D:
         return tl.load(ptrs)
     else:
         return tl.load(ptrs, mask=(d < head_dim)[None, :], other=0.0)
+
+
+@triton.jit
+def places_of(places_ptr, n, queries, PLACED: tl.constexpr):
+    """The rows (BLOCK,) int64 of q and y that the queries n stand for; n behind the last go with
+    it."""
+    n = tl.minimum(n, queries - 1).to(tl.int64)
+    if PLACED:
+        return tl.load(places_ptr + n).to(tl.int64)
+    else:
+        return n
 
 
 @triton.jit
@@ -73,13 +85,14 @@ def _attend(
     for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         k = load_rows(k_ptr, start, keys, stride_k, head_dim, BLOCK_N, BLOCK_D, UNIT, MASKED,
                       EVEN_D)  # fmt: skip
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if MASKED or HAS_KEY_MASK:
             key = start + tl.arange(0, BLOCK_N)
             seen = sees(low[:, None], high[:, None], key[None, :], key_mask_ptr, keys, HAS_KEY_MASK)
             scores = tl.where(seen, scores, float("-inf"))
-        larger = tl.maximum(top, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - larger[:, None])
+        # The scale is positive. It joins the exponents in one multiplication and addition.
+        larger = tl.maximum(top, tl.max(scores, axis=1) * scale)
+        weights = tl.exp2(scores * scale - larger[:, None])
         fade = tl.exp2(top - larger)
         total = total * fade + tl.sum(weights, axis=1)
         v = load_rows(v_ptr, start, keys, stride_v, head_dim, BLOCK_N, BLOCK_D, UNIT, MASKED,
@@ -91,15 +104,15 @@ def _attend(
 
 @triton.jit
 def interval_attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, low_ptr, high_ptr, key_mask_ptr, y_ptr, lse_ptr,
-    queries, keys, heads, per_group, head_dim, tiles, scale, stride_low, stride_key_mask,
+    q_ptr, k_ptr, v_ptr, low_ptr, high_ptr, key_mask_ptr, places_ptr, y_ptr, lse_ptr,
+    queries, rows, keys, heads, per_group, head_dim, tiles, scale, stride_low, stride_key_mask,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs,
     stride_vg,
-    HAS_KEY_MASK: tl.constexpr, EVEN_D: tl.constexpr, UNIT: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, PLACED: tl.constexpr, EVEN_D: tl.constexpr, UNIT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program: y (B, N, H, d) of BLOCK_M queries of a head, and lse (B, H, N) in base 2."""
+    """One program: y (B, T, H, d) of BLOCK_M queries of a head, and lse (B, H, N) in base 2."""
     pid = tl.program_id(0)
     # Later tiles of a causal row see more keys: they begin first.
     tile = tiles - 1 - pid % tiles
@@ -116,8 +129,13 @@ def interval_attention_fwd_kernel(
     k_ptr += b * stride_kb * UNIT + group * stride_kg * UNIT
     v_ptr += b * stride_vb * UNIT + group * stride_vg * UNIT
     key_mask_ptr += b * stride_key_mask
-    q = load_rows(
-        q_ptr, tile * BLOCK_M, queries, stride_qn, head_dim, BLOCK_M, BLOCK_D, UNIT, True, EVEN_D
+    row = places_of(places_ptr + b * queries, n, queries, PLACED)
+    d = tl.arange(0, BLOCK_D)
+    # Queries that see nothing need not be read.
+    q = tl.load(
+        q_ptr + row[:, None] * stride_qn * UNIT + d[None, :],
+        mask=(high >= 0)[:, None] & (d < head_dim)[None, :],
+        other=0.0,
     )
     scale = scale * _LOG2_E
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -142,8 +160,7 @@ def interval_attention_fwd_kernel(
     total = tl.where(some, total, 1.0)
     lse = tl.where(some, top + tl.log2(total), 0.0)
     tl.store(lse_ptr + (b * heads + head) * queries + n, lse, mask=n < queries)
-    d = tl.arange(0, BLOCK_D)
-    y_row = ((b * queries + n) * heads + head) * head_dim
+    y_row = ((b * rows + row) * heads + head) * head_dim
     tl.store(
         y_ptr + y_row[:, None] + d[None, :],
         acc / total[:, None],

@@ -12,6 +12,7 @@ from ssm_hf.ops.interval_attention.kernels import (
     _LOG2_E,
     intervals,
     load_rows,
+    places_of,
     sees,
     tiles_of_keys,
 )
@@ -19,26 +20,40 @@ from ssm_hf.ops.interval_attention.kernels import (
 
 @triton.jit
 def interval_attention_delta_kernel(
-    y_ptr, dy_ptr, low_ptr, high_ptr, delta_ptr, bounds_ptr,
-    queries, keys, heads, head_dim, tiles, plane, stride_low, stride_db, stride_dn, stride_dh,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    y_ptr, dy_ptr, q_ptr, low_ptr, high_ptr, places_ptr, delta_ptr, bounds_ptr, near_ptr,
+    queries, rows, keys, heads, head_dim, tiles, plane, near_plane, stride_low,
+    stride_db, stride_dn, stride_dh, stride_qb, stride_qn, stride_qh,
+    PLACED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """delta (B, H, N) = rowsum(dy y); and bounds (4, B, tiles), of each BLOCK_M queries: least low,
-    greatest high, greatest low, least high. `plane` is B * tiles."""
+    greatest high, greatest low, least high. `plane` is B * tiles.
+
+    With places, also near (2, B, N, H, d): q and dy of the queries, side by side. Tiles whose
+    queries see nothing are left out of it and of delta.
+    """
     pid = tl.program_id(0)
     tile = pid % tiles
     head = pid // tiles % heads
     b = (pid // tiles // heads).to(tl.int64)
     n, d = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    inside = (n < queries)[:, None] & (d < head_dim)[None, :]
-    y_row = ((b * queries + n) * heads + head) * head_dim
-    y = tl.load(y_ptr + y_row[:, None] + d[None, :], mask=inside, other=0.0)
-    dy_row = b * stride_db + n.to(tl.int64) * stride_dn + head.to(tl.int64) * stride_dh
-    dy = tl.load(dy_ptr + dy_row[:, None] + d[None, :], mask=inside, other=0.0)
-    delta = tl.sum(y.to(tl.float32) * dy.to(tl.float32), axis=1)
-    tl.store(delta_ptr + (b * heads + head) * queries + n, delta, mask=n < queries)
+    low, high = intervals(low_ptr + b * stride_low, high_ptr + b * stride_low, n, queries, keys)
+    if tl.max(high, axis=0) >= 0:
+        row = places_of(places_ptr + b * queries, n, queries, PLACED)
+        inside = (n < queries)[:, None] & (d < head_dim)[None, :]
+        y_row = ((b * rows + row) * heads + head) * head_dim
+        y = tl.load(y_ptr + y_row[:, None] + d[None, :], mask=inside, other=0.0)
+        dy_row = b * stride_db + row * stride_dn + head.to(tl.int64) * stride_dh
+        dy = tl.load(dy_ptr + dy_row[:, None] + d[None, :], mask=inside, other=0.0)
+        delta = tl.sum(y.to(tl.float32) * dy.to(tl.float32), axis=1)
+        tl.store(delta_ptr + (b * heads + head) * queries + n, delta, mask=n < queries)
+        if PLACED:
+            q_row = b * stride_qb + row * stride_qn + head.to(tl.int64) * stride_qh
+            q = tl.load(q_ptr + q_row[:, None] + d[None, :], mask=inside, other=0.0)
+            near_row = ((b * queries + n) * heads + head) * head_dim
+            near_ptrs = near_ptr + near_row[:, None] + d[None, :]
+            tl.store(near_ptrs, q, mask=inside)
+            tl.store(near_ptrs + tl.cast(near_plane, tl.int64), dy, mask=inside)
     if head == 0:
-        low, high = intervals(low_ptr + b * stride_low, high_ptr + b * stride_low, n, queries, keys)
         bounds_ptr += b * tiles + tile
         tl.store(bounds_ptr, tl.min(low, axis=0))
         tl.store(bounds_ptr + plane, tl.max(high, axis=0))
@@ -59,12 +74,12 @@ def _queries_step(
                       EVEN_D)  # fmt: skip
         v = load_rows(v_ptr, start, keys, stride_v, head_dim, BLOCK_N, BLOCK_D, UNIT, MASKED,
                       EVEN_D)  # fmt: skip
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if MASKED or HAS_KEY_MASK:
             key = start + tl.arange(0, BLOCK_N)
             seen = sees(low[:, None], high[:, None], key[None, :], key_mask_ptr, keys, HAS_KEY_MASK)
             scores = tl.where(seen, scores, float("-inf"))
-        weights = tl.exp2(scores - lse[:, None])
+        weights = tl.exp2(scores * scale - lse[:, None])
         dweights = tl.dot(dy, tl.trans(v), input_precision=PRECISION)
         dscores = weights * (dweights - delta[:, None])
         dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -73,15 +88,16 @@ def _queries_step(
 
 @triton.jit
 def interval_attention_dq_kernel(
-    q_ptr, k_ptr, v_ptr, low_ptr, high_ptr, key_mask_ptr, dy_ptr, lse_ptr, delta_ptr, dq_ptr,
-    queries, keys, heads, per_group, head_dim, tiles, scale, stride_low, stride_key_mask,
+    q_ptr, k_ptr, v_ptr, low_ptr, high_ptr, key_mask_ptr, places_ptr, dy_ptr, lse_ptr, delta_ptr,
+    dq_ptr,
+    queries, rows, keys, heads, per_group, head_dim, tiles, scale, stride_low, stride_key_mask,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs,
     stride_vg, stride_db, stride_dn, stride_dh,
-    HAS_KEY_MASK: tl.constexpr, EVEN_D: tl.constexpr, UNIT: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, PLACED: tl.constexpr, EVEN_D: tl.constexpr, UNIT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program: dq (B, N, H, d) of BLOCK_M queries of a head."""
+    """One program: dq (B, T, H, d) of BLOCK_M queries of a head."""
     pid = tl.program_id(0)
     tile = tiles - 1 - pid % tiles
     head = pid // tiles % heads
@@ -104,9 +120,11 @@ def interval_attention_dq_kernel(
     dy = load_rows(
         dy_ptr, tile * BLOCK_M, queries, stride_dn, head_dim, BLOCK_M, BLOCK_D, UNIT, True, EVEN_D
     )
-    row = (b * heads + head) * queries
-    lse = tl.load(lse_ptr + row + n, mask=n < queries, other=0.0)
-    delta = tl.load(delta_ptr + row + n, mask=n < queries, other=0.0)
+    # Queries that see nothing may have no delta, q and dy.
+    some = high >= 0
+    at = (b * heads + head) * queries + n
+    lse = tl.load(lse_ptr + at, mask=some & (n < queries), other=0.0)
+    delta = tl.load(delta_ptr + at, mask=some & (n < queries), other=0.0)
     log_scale = scale * _LOG2_E
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dq = _queries_step(
@@ -125,10 +143,11 @@ def interval_attention_dq_kernel(
         BLOCK_N, BLOCK_D, STAGES,
     )  # fmt: skip
     d = tl.arange(0, BLOCK_D)
-    dq_row = ((b * queries + n) * heads + head) * head_dim
+    row = places_of(places_ptr + b * queries, n, queries, PLACED)
+    dq_row = ((b * rows + row) * heads + head) * head_dim
     tl.store(
         dq_ptr + dq_row[:, None] + d[None, :],
-        dq * scale,
+        tl.where(some[:, None], dq * scale, 0.0),
         mask=(n < queries)[:, None] & (d < head_dim)[None, :],
     )
 
@@ -171,20 +190,19 @@ def _keys_step(
                       EVEN_D)  # fmt: skip
         dy = load_rows(dy_ptr, start, queries, stride_d, head_dim, BLOCK_M, BLOCK_D, UNIT, MASKED,
                        EVEN_D)  # fmt: skip
+        there = n
         if MASKED:
-            lse = tl.load(lse_ptr + n, mask=n < queries, other=0.0)
-            delta = tl.load(delta_ptr + n, mask=n < queries, other=0.0)
-        else:
-            lse = tl.load(lse_ptr + n)
-            delta = tl.load(delta_ptr + n)
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
+            there = tl.minimum(n, queries - 1)
+        lse = tl.load(lse_ptr + there)
+        delta = tl.load(delta_ptr + there)
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         if MASKED:
             low, high = intervals(low_ptr, high_ptr, n, queries, keys)
             seen = (key[:, None] >= low[None, :]) & (key[:, None] <= high[None, :])
             scores = tl.where(seen, scores, float("-inf"))
         if HAS_KEY_MASK:
             scores = tl.where(key_seen[:, None], scores, float("-inf"))
-        weights = tl.exp2(scores - lse[None, :])
+        weights = tl.exp2(scores * scale - lse[None, :])
         dv = tl.dot(weights.to(dy.dtype), dy, dv, input_precision=PRECISION)
         dweights = tl.dot(v, tl.trans(dy), input_precision=PRECISION)
         dscores = weights * (dweights - delta[None, :])

@@ -73,15 +73,21 @@ class _Call:
         low: Tensor,
         high: Tensor,
         key_mask: Tensor | None,
+        places: Tensor | None,
         dy: Tensor | None = None,
     ) -> None:
-        self.batch, self.queries, self.heads, self.head_dim = q.shape
+        self.batch, self.rows, self.heads, self.head_dim = q.shape
+        self.queries = low.shape[1]
         self.keys, self.groups = k.shape[1], k.shape[2]
         dtype = _compute_dtype(q, k, v)
         self.q, self.k, self.v = (_brought(t, dtype) for t in (q, k, v))
         self.dy = None if dy is None else _brought(dy, dtype)
         self.low, self.high = low.contiguous(), high.contiguous()
         self.key_mask = None if key_mask is None else key_mask.contiguous()
+        self.places = None if places is None else places.contiguous()
+        self._take_strides()
+
+    def _take_strides(self) -> None:
         taken = (self.q, self.k, self.v) if self.dy is None else (self.q, self.k, self.v, self.dy)
         strides = [t.stride()[:3] for t in taken]
         self.unit = common_unit(*(s for of_one in strides for s in of_one))
@@ -110,6 +116,19 @@ class _Call:
     def mask_or_any(self) -> Tensor:
         return self.low if self.key_mask is None else self.key_mask
 
+    @property
+    def placed(self) -> dict[str, bool]:
+        return {"PLACED": self.places is not None}
+
+    @property
+    def places_or_any(self) -> Tensor:
+        return self.low if self.places is None else self.places
+
+    def bring_near(self, near: Tensor) -> None:
+        """Take q and dy from near (2, B, N, H, d), where they lie side by side."""
+        self.q, self.dy = near.unbind()
+        self._take_strides()
+
 
 @torch.library.custom_op("ssm_hf::interval_attention_fwd", mutates_args=())
 def _forward(
@@ -119,29 +138,32 @@ def _forward(
     low: Tensor,
     high: Tensor,
     key_mask: Tensor | None,
+    places: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """y (B, N, H, d), and the logarithms (base 2) of the sums of exponentials (B, H, N)."""
-    y, lse = _empty_outputs(q)
-    if q.numel() == 0:
+    """y (B, T, H, d), and the logarithms (base 2) of the sums of exponentials (B, H, N)."""
+    y, lse = _empty_outputs(q, low)
+    if lse.numel() < q.shape[0] * q.shape[1] * q.shape[2]:
+        y.zero_()  # rows that no query stands for
+    if y.numel() == 0 or lse.numel() == 0:
         return y, lse
-    c = _Call(q, k, v, low, high, key_mask)
+    c = _Call(q, k, v, low, high, key_mask, places)
     options = c.options("fwd")
     tiles = -(-c.queries // options["BLOCK_M"])
     with on_device(q):
         _fwd_kernel[(tiles * c.heads * c.batch,)](
-            c.q, c.k, c.v, *c.intervals, c.mask_or_any, y, lse,
-            c.queries, c.keys, c.heads, c.heads // c.groups, c.head_dim, tiles, scale, *c.masks,
-            *c.strides, **options,
+            c.q, c.k, c.v, *c.intervals, c.mask_or_any, c.places_or_any, y, lse,
+            c.queries, c.rows, c.keys, c.heads, c.heads // c.groups, c.head_dim, tiles, scale,
+            *c.masks, *c.strides, **options, **c.placed,
         )  # fmt: skip
     return y, lse
 
 
-def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
-    batch, queries, heads, head_dim = q.shape
+def _empty_outputs(q: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
+    batch, rows, heads, head_dim = q.shape
     return (
-        q.new_empty(batch, queries, heads, head_dim),
-        q.new_empty(batch, heads, queries, dtype=torch.float32),
+        q.new_empty(batch, rows, heads, head_dim),
+        q.new_empty(batch, heads, low.shape[1], dtype=torch.float32),
     )
 
 
@@ -153,9 +175,10 @@ def _(
     low: Tensor,
     high: Tensor,
     key_mask: Tensor | None,
+    places: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    return _empty_outputs(q)
+    return _empty_outputs(q, low)
 
 
 @torch.library.custom_op("ssm_hf::interval_attention_bwd", mutates_args=())
@@ -167,6 +190,7 @@ def _backward(
     low: Tensor,
     high: Tensor,
     key_mask: Tensor | None,
+    places: Tensor | None,
     y: Tensor,
     lse: Tensor,
     scale: float,
@@ -174,24 +198,32 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, and of k and v; empty where not wanted."""
     dq, dk, dv = grads = _empty_grads(q, k, v, wanted)
-    if q.numel() == 0:
+    if lse.numel() < q.shape[0] * q.shape[1] * q.shape[2]:
+        dq.zero_()
+    if q.numel() == 0 or lse.numel() == 0:
         for grad in grads:
             grad.zero_()
         return grads
-    c = _Call(q, k, v, low, high, key_mask, dy)
+    c = _Call(q, k, v, low, high, key_mask, places, dy)
     assert c.dy is not None
     delta = torch.empty_like(lse)
     options = c.options("dkv")
     block_m, block_d = options["BLOCK_M"], options["BLOCK_D"]
     tiles = -(-c.queries // block_m)
     bounds = torch.empty(4, c.batch, tiles, dtype=torch.int32, device=q.device)
+    near = delta
+    if places is not None:
+        near = c.q.new_empty(2, c.batch, c.queries, c.heads, c.head_dim)
     with on_device(q):
         _delta_kernel[(tiles * c.heads * c.batch,)](
-            y, c.dy, *c.intervals, delta, bounds,
-            c.queries, c.keys, c.heads, c.head_dim, tiles, c.batch * tiles, c.stride_low,
-            *c.dy.stride()[:3], BLOCK_M=block_m, BLOCK_D=block_d,
+            y, c.dy, c.q, *c.intervals, c.places_or_any, delta, bounds, near,
+            c.queries, c.rows, c.keys, c.heads, c.head_dim, tiles, c.batch * tiles,
+            near.numel() // 2, c.stride_low, *c.dy.stride()[:3], *c.q.stride()[:3],
+            BLOCK_M=block_m, BLOCK_D=block_d, **c.placed,
             **tuned("interval_attention_delta", "default", q.device),
         )  # fmt: skip
+        if places is not None:
+            c.bring_near(near)
         if wanted[1]:
             key_tiles = -(-c.keys // options["BLOCK_N"])
             _dkv_kernel[(key_tiles * c.groups * c.batch,)](
@@ -203,9 +235,9 @@ def _backward(
             options = c.options("dq")
             tiles = -(-c.queries // options["BLOCK_M"])
             _dq_kernel[(tiles * c.heads * c.batch,)](
-                c.q, c.k, c.v, *c.intervals, c.mask_or_any, c.dy, lse, delta, dq,
-                c.queries, c.keys, c.heads, c.heads // c.groups, c.head_dim, tiles, scale,
-                *c.masks, *c.strides, **options,
+                c.q, c.k, c.v, *c.intervals, c.mask_or_any, c.places_or_any, c.dy, lse, delta, dq,
+                c.queries, c.rows, c.keys, c.heads, c.heads // c.groups, c.head_dim, tiles, scale,
+                *c.masks, *c.strides, **options, **c.placed,
             )  # fmt: skip
     return grads
 
@@ -228,6 +260,7 @@ def _(
     low: Tensor,
     high: Tensor,
     key_mask: Tensor | None,
+    places: Tensor | None,
     y: Tensor,
     lse: Tensor,
     scale: float,
@@ -249,7 +282,7 @@ def _gradients(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
     dq, dk, dv = _backward(dy, *ctx.saved_tensors, ctx.scale, wanted)
     return (
         dq if needs[0] else None, dk if needs[1] else None, dv if needs[2] else None,
-        None, None, None, None,
+        None, None, None, None, None,
     )  # fmt: skip
 
 
@@ -263,6 +296,7 @@ def interval_attention_triton(
     low: Tensor,
     high: Tensor,
     key_mask: Tensor | None,
+    places: Tensor | None,
     scale: float,
 ) -> Tensor:
     """As `interval_attention_torch`, in tiles; those that no query sees are skipped."""
@@ -275,5 +309,6 @@ def interval_attention_triton(
         low=low,
         high=high,
         key_mask=key_mask,
+        places=places,
     )
-    return call(_forward, q, k, v, low, high, key_mask, scale)[0]
+    return call(_forward, q, k, v, low, high, key_mask, places, scale)[0]

@@ -45,9 +45,14 @@ def interval_attention_torch(
     low: Tensor,
     high: Tensor,
     key_mask: Tensor | None,
+    places: Tensor | None,
     scale: float,
 ) -> Tensor:
     """The same by torch's scaled_dot_product_attention with a mask of N S bits a row."""
+    if places is not None:
+        chosen = rows_at(q, places)
+        y = interval_attention_torch(chosen, k, v, low, high, key_mask, None, scale)
+        return put_rows(y, places, q.shape[1])
     dtype = product_dtype(q, k, v)
     groups = q.shape[2] // k.shape[2]
     # Repeated heads: with a mask, torch's fused kernels take no groups.
@@ -59,6 +64,19 @@ def interval_attention_torch(
     heads_first = (t.to(dtype).transpose(1, 2) for t in (q, k, v))
     y = F.scaled_dot_product_attention(*heads_first, attn_mask=seen[:, None], scale=scale)
     return y.transpose(1, 2).masked_fill(blind[..., None, None], 0.0).to(q.dtype)
+
+
+def rows_at(x: Tensor, places: Tensor) -> Tensor:
+    """x (B, T, ...), places (B, N) -> (B, N, ...)."""
+    row = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
+    return x.flatten(0, 1).index_select(0, (row + places).flatten()).unflatten(0, places.shape)
+
+
+def put_rows(x: Tensor, places: Tensor, length: int) -> Tensor:
+    """x (B, N, ...), places (B, N) -> (B, length, ...), 0 at other places."""
+    row = torch.arange(len(x), device=x.device)[:, None] * length
+    y = x.new_zeros(len(x) * length, *x.shape[2:])
+    return y.index_copy(0, (row + places).flatten(), x.flatten(0, 1)).unflatten(0, (-1, length))
 
 
 def product_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
