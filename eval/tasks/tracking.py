@@ -101,14 +101,11 @@ class WordProblem(Task):
         name: the group, see `group`.
         inputs: which elements words are made of, see `input_elements`.
         running: ask at every element; False asks at the last one alone.
-        skewed: each word draws its elements with frequencies of its own, uniform among all that
-            there are; False draws all elements equally often.
     """
 
     name: str = "S5"
     inputs: str = "all"
     running: bool = True
-    skewed: bool = False
 
     def __post_init__(self) -> None:
         input_elements(self.name, self.inputs)
@@ -128,15 +125,7 @@ class WordProblem(Task):
         device = lengths.device
         longest = int(lengths.max())
         allowed = torch.tensor(input_elements(self.name, self.inputs), device=device)
-        shape = (len(lengths), longest)
-        if self.skewed:
-            # Exponential variables over their sum are uniform on the simplex.
-            share = torch.rand(len(lengths), len(allowed), generator=generator, device=device)
-            bounds = (-torch.log1p(-share)).cumsum(1)
-            place = torch.rand(shape, generator=generator, device=device) * bounds[:, -1:]
-            word = allowed[torch.searchsorted(bounds, place).clamp(max=len(allowed) - 1)]
-        else:
-            word = allowed[uniform(0, len(allowed), shape, generator)]
+        word = allowed[uniform(0, len(allowed), (len(lengths), longest), generator)]
         products = self._products(word)
         ids, labels = empty(lengths, longest + 1)
         put(ids, torch.zeros_like(lengths), FIRST_ELEMENT + word, lengths)

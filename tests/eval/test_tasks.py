@@ -559,14 +559,3 @@ def test_random_places() -> None:
         assert places[0, 2:].tolist() == [5, 5]
         assert (places[1].diff() > 0).all()
         assert places[1, 3] < 9
-
-
-def test_skewed_words_are_right_and_of_uneven_frequencies() -> None:
-    task = make_task("word_problem", {"name": "Z5", "skewed": True})
-    samples = task.sample([200] * 400, seeded(0, "skewed"))
-    word = samples.input_ids[:, :200] - 2
-    assert torch.equal(samples.labels[:, 1:201] - 2, word.cumsum(1) % 5)
-    share = (word == 0).float().mean(1)
-    assert abs(share.mean() - 0.2) < 0.03
-    # Of a uniform point of the simplex of five the first coordinate's deviation is sqrt(2 / 75).
-    assert abs(share.std() - (2 / 75) ** 0.5) < 0.03
