@@ -9,6 +9,7 @@ from ssm_hf.ops.causal_conv1d.step import causal_conv1d_step_
 from ssm_hf.ops.dispatch import ImplementationUnavailableError
 from ssm_hf.ops.norm_linear import MOST_ROWS, norm_linear
 from ssm_hf.ops.norm_linear import launch as linear_launch
+from ssm_hf.ops.selective_scan import step_launch as scan_launch
 from ssm_hf.ops.selective_scan.step import mamba1_step
 from ssm_hf.ops.ssd import step_launch
 from ssm_hf.ops.ssd.step import mamba2_step
@@ -162,15 +163,21 @@ def test_mamba2_step_splits_large_heads_and_finds_views() -> None:
 
 
 @pytest.mark.parametrize(("low_rank", "bias"), [(False, False), (False, True), (True, True)])
-@pytest.mark.parametrize(("inner", "states", "rank"), [(40, 16, 3), (7, 5, 1)])
+@pytest.mark.parametrize(
+    ("batch", "inner", "states", "rank"),
+    [(2, 40, 16, 3), (2, 7, 5, 1), (9, 40, 16, 3), (9, 70, 5, 1)],
+)
 def test_mamba1_step_equals_torch(
-    low_rank: bool, bias: bool, inner: int, states: int, rank: int
-) -> None:
+    low_rank: bool, bias: bool, batch: int, inner: int, states: int, rank: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    # With few multiprocessors, nine rows are enough for programs that take several.
+    monkeypatch.setattr(scan_launch, "processors", lambda device: 1)
     width = rank if low_rank else inner
-    row = _draw(2, width + 2 * states)
-    wide = _draw(2, 2 * inner)
+    row = _draw(batch, width + 2 * states)
+    wide = _draw(batch, 2 * inner)
     tensors = {
-        "state": _draw(2, inner, states),
+        "state": _draw(batch, inner, states),
         "A_log": _draw(inner, states).abs(),
         "D": _draw(inner),
         "dt_weight": _draw(inner, rank) if low_rank else None,
@@ -186,6 +193,28 @@ def test_mamba1_step_equals_torch(
     _check(_both(op, tensors, ("state",)), FP32, FP32)
 
 
+ROWS = {
+    "usual": {},
+    "groups": {"groups": 2},
+    "bf16 states": {"state_dtype": torch.bfloat16},
+    "D per channel": {"per_channel": True},
+    "a head in parts": {"head_dim": 64, "processors": 12},
+    "odd states": {"states": 7, "dt_limit": (0.5, 0.9)},
+}
+
+
+@pytest.mark.parametrize("case", ROWS.values(), ids=ROWS)
+def test_mamba2_step_of_many_rows_equals_torch(case: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs that walk through several tiles of the state, also from within a head."""
+    given = {"batch": 5, "head_dim": 32, "norm": None, "convolved": True, **case}
+    processors = given.pop("processors", 2)
+    monkeypatch.setattr(step_launch, "processors", lambda device: processors)
+    tensors, options = _mamba2_case(**given)
+    results = _both(mamba2_step, tensors, ("ssm_state",), **options)
+    state = BF16 if "state_dtype" in case else FP32
+    _check(results, BF16 if "state_dtype" in case else FP32, state)
+
+
 LINEAR = {
     "plain": {},
     "bias": {"bias": True},
@@ -197,7 +226,7 @@ LINEAR = {
 }
 
 
-@pytest.mark.parametrize(("rows", "walked"), [(1, False), (3, False), (2, True)])
+@pytest.mark.parametrize(("rows", "walked"), [(1, False), (2, True), (3, False), (37, False)])
 @pytest.mark.parametrize("case", LINEAR.values(), ids=LINEAR)
 def test_norm_linear_equals_torch(
     case: dict, rows: int, walked: bool, monkeypatch: pytest.MonkeyPatch
@@ -221,7 +250,32 @@ def test_norm_linear_equals_torch(
         options["conv_first"] = 9
         in_place = ("conv_state",)
     results = _both(norm_linear, tensors, in_place, **options)
-    _check(results, FP32, *(FP32 for _ in in_place))
+    # From three rows on the matrix units of a GPU form products in three parts of 11 bits.
+    tolerance = FP32 if rows < 3 else 5e-6
+    _check(results, tolerance, *(tolerance for _ in in_place))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", ["groups", "gated", "conv"])
+def test_norm_linear_of_many_rows_in_16_bits(case: str, dtype: torch.dtype) -> None:
+    rows, size, outputs, channels = 60, 192, 150, 100
+    tensors = {
+        "x": _draw(rows, size * (2 if case == "gated" else 1)),
+        "weight": 0.1 * _draw(outputs, size, dtype=dtype),
+        "residual": _draw(rows, outputs, dtype=dtype),
+    }
+    options = {"eps": 1e-5, "gated": case == "gated", "out_dtype": torch.float32}
+    in_place: tuple[str, ...] = ()
+    if case == "groups":
+        tensors["norm_weight"] = _draw(size, dtype=dtype)
+        options["group_size"] = 64
+    if case == "conv":
+        in_place = ("conv_state",)
+        tensors |= {"conv_state": _draw(rows, 3, channels, dtype=dtype)}
+        tensors |= {"conv_weight": _draw(channels, 4, dtype=dtype)}
+        options["conv_first"] = 30
+    # x is rounded to the weight's dtype, which is all that a bf16 product loses.
+    _check(_both(norm_linear, tensors, in_place, **options), BF16, *(BF16 for _ in in_place))
 
 
 def test_norm_linear_reads_bf16_weights_and_writes_the_asked_dtype() -> None:
@@ -240,11 +294,12 @@ def test_norm_linear_reads_bf16_weights_and_writes_the_asked_dtype() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="there is no CUDA device")
-def test_overlapping_kernels_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("batch", [1, 40])
+def test_overlapping_kernels_change_nothing(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers of three kernels, each of which may begin before the one in front of it has ended."""
     size, heads, layers = 256, 4, 12
     cases = [
-        _mamba2_case(torch.bfloat16, heads=heads, batch=1, norm=None)[0] for _ in range(layers)
+        _mamba2_case(torch.bfloat16, heads=heads, batch=batch, norm=None)[0] for _ in range(layers)
     ]
     width, outputs = heads * 8, cases[0]["proj"].shape[1]
     weights = [
@@ -257,7 +312,7 @@ def test_overlapping_kernels_change_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     def run(overlap: bool) -> list[Tensor]:
         monkeypatch.setattr(launch, "OVERLAP", overlap)
         torch.manual_seed(0)
-        x = _draw(1, size)
+        x = _draw(batch, size)
         states = [{n: c[n].clone() for n in ("conv_state", "ssm_state")} for c in cases]
 
         def step() -> None:

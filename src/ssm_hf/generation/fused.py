@@ -141,9 +141,9 @@ class FusedSelection(Selection):
                 SAMPLE=recipe.sample,
                 EOS=bool(recipe.eos),
                 PENALTY=self.seen is not None,
-                BLOCK_B=min(_power_of_two(batch), 32),
+                BLOCK_B=min(_power_of_two(batch), 64),
                 BLOCK_PARTS=_power_of_two(parts),
                 BLOCK_EOS=_power_of_two(len(recipe.eos)),
-                **tuned("next_token_note", "default", device),
+                **tuned("next_token_note", "many" if batch > 16 else "default", device),
                 **overlapping(True, device),
             )

@@ -54,6 +54,12 @@ def tuned(kernel: str, size: str, device: torch.device) -> dict[str, int]:
     return {**options, "enable_fp_fusion": True}
 
 
+def can_overlap(device: torch.device) -> bool:
+    """Whether a GPU has programmatic dependent launch: NVIDIA's from Hopper on."""
+    major = architecture(device).removeprefix("sm")[:-1]
+    return major.isdigit() and int(major) >= 9
+
+
 # Whether kernels that can overlap the one before them (programmatic dependent launch, Hopper and
 # later) do so.
 OVERLAP = True
@@ -61,8 +67,7 @@ OVERLAP = True
 
 def overlapping(wanted: bool, device: torch.device) -> dict[str, bool]:
     """Options of kernels that wait with `kernels_overlap.wait_for_previous`; see `OVERLAP`."""
-    major = architecture(device).removeprefix("sm")[:-1]
-    if OVERLAP and wanted and major.isdigit() and int(major) >= 9:
+    if OVERLAP and wanted and can_overlap(device):
         return {"OVERLAP": True, "launch_pdl": True}
     return {"OVERLAP": False}
 

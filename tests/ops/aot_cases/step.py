@@ -41,6 +41,12 @@ def aot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     after = {**mamba2, "convolved": True, "overlap": True}
     yield "mamba2-overlapping", lambda: mamba2_step(proj.float(), **after)
 
+    many = {n: t for n, t in after.items() if n not in ("conv_state", "ssm_state", "tickets")}
+    many |= {"conv_state": _bf16(256, 3, channels), "ssm_state": _bf16(256, 24, 64, 128)}
+    many["tickets"] = torch.zeros(256, 1, dtype=torch.int32)
+    rows = torch.empty(256, proj.shape[1])
+    yield "mamba2-many-rows", lambda: mamba2_step(rows, **many)
+
     x, z = _bf16(8, 2 * 1536).chunk(2, dim=1)
     dt, B, C = _bf16(8, 80).split([48, 16, 16], dim=1)
     mamba1 = {"A_log": torch.empty(1536, 16), "D": torch.empty(1536), "impl": "triton"}
@@ -73,4 +79,4 @@ def aot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "choose-greedy", lambda: choose(Recipe())
     yield "choose-all", lambda: choose(recipe)
     yield "choose-top-p", lambda: choose(Recipe(sample=True, top_p=0.9))
-    yield "norm_linear-8", lambda: linear(8)
+    yield "norm_linear-64", lambda: linear(64)

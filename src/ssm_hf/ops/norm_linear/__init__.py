@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ssm_hf.ops.dispatch import HAS_TRITON, pick, runs_kernels
+from ssm_hf.ops.launch import can_overlap
 from ssm_hf.ops.norm_linear.reference import norm_linear_torch
 from ssm_hf.ops.packing import in_given_precision
 
@@ -14,15 +15,20 @@ else:
 
 __all__ = ["MOST_ROWS", "few_rows", "norm_linear"]
 
-MOST_ROWS = 8
-# With more rows a library's matrix units win.
-_FEW_ROWS = 2
+MOST_ROWS = 64
+# With more rows than these a library's matrix units win. On Hopper and later, where kernels
+# overlap, ours of 16-bit weights are faster up to some more, and up to MOST_ROWS where a weight is
+# so small that launches are what takes the time.
+_FEW_ROWS, _SOME_ROWS, _SMALL = 2, 16, 1 << 22
 
 
 def few_rows(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernel runs for x (B, ...) and beats a library product and its neighbours."""
+    """Whether the kernels run for x (B, ...) and beat a library product and its neighbours."""
+    most = _FEW_ROWS
+    if weight.itemsize == 2 and can_overlap(x.device):
+        most = MOST_ROWS if weight.numel() <= _SMALL else _SOME_ROWS
     return (
-        x.shape[0] <= _FEW_ROWS
+        x.shape[0] <= most
         and weight.dtype != torch.float64
         and not torch.is_autocast_enabled(x.device.type)
         and runs_kernels("norm_linear", x.device)

@@ -191,3 +191,112 @@ def norm_linear_walk_kernel(
             residual = tl.load(residual_ptr + b * stride_residual + o, mask=o_inside, other=0.0)
             y += residual.to(tl.float32)
         tl.store(out_ptr + b * stride_out + o, y, mask=o_inside)
+
+
+@triton.jit
+def norm_linear_rows_kernel(
+    x_ptr, norm_weight_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr,
+    window_ptr, conv_weight_ptr, conv_bias_ptr,
+    stride_x, stride_weight, stride_residual, stride_out,
+    size_out, conv_first, channels, eps, rows, row_blocks,
+    SIZE_IN: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    NORM: tl.constexpr,
+    GATED: tl.constexpr,  # x is [value | gate] and stands for value * silu(gate)
+    HAS_BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    TAPS: tl.constexpr,  # 0: no convolution
+    CONV_BIAS: tl.constexpr,
+    WIDE: tl.constexpr,  # products of fp32 numbers, in PRECISION; else of the weight's dtype
+    PRECISION: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_O outputs of BLOCK_R rows, by matrix units.
+
+    The norm's scale is a factor of the sum and is applied to it, so x is read once.
+    """
+    o = (tl.program_id(0) // row_blocks) * BLOCK_O + tl.arange(0, BLOCK_O)
+    r = (tl.program_id(0) % row_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
+    k = tl.arange(0, BLOCK_K)
+    o_inside = o < size_out
+    inside = (r < rows)[:, None] & o_inside[None, :]
+    # What lies outside is the last row or output once more, and is not stored.
+    row = tl.minimum(r, rows - 1).to(tl.int64)
+    weight_row = weight_ptr + tl.minimum(o, size_out - 1).to(tl.int64) * stride_weight
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + o, mask=o_inside, other=0.0).to(tl.float32)
+    if TAPS > 0:
+        channel = o - conv_first
+        in_conv = o_inside & (channel >= 0) & (channel < channels)
+        moved = inside & in_conv[None, :]
+        window = window_ptr + row[:, None] * ((TAPS - 1) * channels) + channel[None, :]
+        past = tl.zeros([BLOCK_R, BLOCK_O], tl.float32)
+        if CONV_BIAS:
+            past += tl.load(conv_bias_ptr + channel, mask=in_conv, other=0.0).to(tl.float32)[None]
+        olds = ()
+        for tap in tl.static_range(TAPS - 1):
+            old = tl.load(window + tap * channels, mask=moved, other=0.0)
+            olds = olds + (old,)
+            factor = tl.load(conv_weight_ptr + channel * TAPS + tap, mask=in_conv, other=0.0)
+            past += old.to(tl.float32) * factor.to(tl.float32)[None, :]
+        newest = tl.load(conv_weight_ptr + channel * TAPS + (TAPS - 1), mask=in_conv, other=0.0)
+    wait_for_previous(OVERLAP)
+
+    if TAPS > 0:
+        # All threads have read the window.
+        tl.debug_barrier()
+        for tap in tl.static_range(TAPS - 2):
+            tl.store(window + tap * channels, olds[tap + 1], mask=moved)
+    if RESIDUAL:
+        residual = tl.load(
+            residual_ptr + row[:, None] * stride_residual + o[None, :], mask=inside, other=0.0
+        )
+    x_row = x_ptr + row[:, None] * stride_x
+    y = tl.zeros([BLOCK_R, BLOCK_O], tl.float32)
+    for group in tl.static_range(SIZE_IN // GROUP_SIZE):
+        first = group * GROUP_SIZE
+        total = tl.zeros([BLOCK_O, BLOCK_R], tl.float32)
+        squares = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
+        if NORM:
+            scale = tl.load(norm_weight_ptr + first + k, mask=k < GROUP_SIZE, other=0.0)
+        for start in tl.range(0, GROUP_SIZE, BLOCK_K, num_stages=STAGES):
+            i = first + start + k
+            k_inside = (start + k < GROUP_SIZE)[None, :]
+            if GROUP_SIZE % BLOCK_K == 0:
+                weight = tl.load(weight_row[:, None] + i[None, :])
+                x = tl.load(x_row + i[None, :])
+            else:
+                weight = tl.load(weight_row[:, None] + i[None, :], mask=k_inside, other=0.0)
+                x = tl.load(x_row + i[None, :], mask=k_inside, other=0.0)
+            x = x.to(tl.float32)
+            if GATED:
+                gate = tl.load(x_row + (SIZE_IN + i)[None, :], mask=k_inside, other=0.0)
+                x *= silu(gate.to(tl.float32))
+            if NORM:
+                squares += x * x
+                x *= scale.to(tl.float32)[None, :]
+                # Too narrow to be fetched ahead with the tiles: asked for one step early.
+                later = start + BLOCK_K + k
+                scale = tl.load(norm_weight_ptr + first + later, mask=later < GROUP_SIZE, other=0.0)
+            if WIDE:
+                weight = weight.to(tl.float32)
+            x = tl.trans(x.to(weight.dtype))
+            total = tl.dot(weight, x, total, input_precision=PRECISION)
+        part = tl.trans(total)
+        if NORM:
+            part *= tl.rsqrt(tl.sum(squares, axis=1) / GROUP_SIZE + eps)[:, None]
+        y += part
+    if HAS_BIAS:
+        y += bias[None, :]
+    if TAPS > 0:
+        if TAPS > 1:
+            tl.store(window + (TAPS - 2) * channels, y, mask=moved)
+        convolved = silu(past + y * newest.to(tl.float32)[None, :])
+        y = tl.where(in_conv[None, :], convolved, y)
+    if RESIDUAL:
+        y += residual.to(tl.float32)
+    tl.store(out_ptr + row[:, None] * stride_out + o[None, :], y, mask=inside)

@@ -52,3 +52,59 @@ def mamba1_step_kernel(
     y += tl.load(D_ptr + i, mask=i_inside, other=0.0).to(tl.float32) * x
     y *= silu(tl.load(z_ptr + row * stride_z + i, mask=i_inside, other=0.0).to(tl.float32))
     tl.store(y_ptr + row * stride_y + i, y, mask=i_inside)
+
+
+@triton.jit
+def mamba1_step_rows_kernel(
+    x_ptr, low_ptr, B_ptr, C_ptr, z_ptr, dt_weight_ptr, dt_bias_ptr, A_log_ptr, D_ptr, state_ptr,
+    y_ptr, stride_x, stride_low, stride_BC, stride_z, stride_y, inner, batch, rank,
+    STATES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,  # 0: `low` is the projected step size (B, I)
+    STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_I channels of ROWS rows, one row after another.
+
+    What all rows need, A and the weight of the step size, is read once.
+    """
+    i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    first = tl.program_id(1) * ROWS
+    n = tl.arange(0, BLOCK_N)
+    i_inside, n_inside = i < inner, n < STATES
+    at = i[:, None] * STATES + n[None, :]
+    inside = i_inside[:, None] & n_inside[None, :]
+    A = -tl.exp(tl.load(A_log_ptr + at, mask=inside, other=0.0).to(tl.float32))
+    D = tl.load(D_ptr + i, mask=i_inside, other=0.0).to(tl.float32)
+    bias = tl.zeros([BLOCK_I], tl.float32)
+    if dt_bias_ptr is not None:
+        bias += tl.load(dt_bias_ptr + i, mask=i_inside, other=0.0).to(tl.float32)
+    if BLOCK_R > 0:
+        r = tl.arange(0, BLOCK_R)
+        weight = tl.load(
+            dt_weight_ptr + i[:, None] * rank + r[None, :],
+            mask=i_inside[:, None] & (r < rank)[None, :], other=0.0,
+        )  # fmt: skip
+    wait_for_previous(OVERLAP)
+    for number in tl.range(0, ROWS, num_stages=STAGES):
+        # Behind the last row it is computed again, and not stored.
+        row = tl.minimum(first + number, batch - 1).to(tl.int64)
+        stored = i < tl.where(first + number < batch, inner, 0)
+        h = tl.load(state_ptr + row * inner * STATES + at, mask=inside, other=0.0)
+        x = tl.load(x_ptr + row * stride_x + i, mask=i_inside, other=0.0).to(tl.float32)
+        z = tl.load(z_ptr + row * stride_z + i, mask=i_inside, other=0.0).to(tl.float32)
+        B = tl.load(B_ptr + row * stride_BC + n, mask=n_inside, other=0.0).to(tl.float32)
+        C = tl.load(C_ptr + row * stride_BC + n, mask=n_inside, other=0.0).to(tl.float32)
+        if BLOCK_R > 0:
+            low = tl.load(low_ptr + row * stride_low + r, mask=r < rank, other=0.0)
+            dt = tl.sum(weight.to(tl.float32) * low.to(tl.float32)[None, :], axis=1)
+        else:
+            dt = tl.load(low_ptr + row * stride_low + i, mask=i_inside, other=0.0).to(tl.float32)
+        dt = softplus(dt + bias)
+        new = h.to(tl.float32) * tl.exp(dt[:, None] * A) + (dt * x)[:, None] * B[None, :]
+        at_row = state_ptr + row * inner * STATES + at
+        tl.store(at_row, new, mask=stored[:, None] & n_inside[None, :])
+        y = (tl.sum(new * C[None, :], axis=1) + D * x) * silu(z)
+        tl.store(y_ptr + row * stride_y + i, y, mask=stored)

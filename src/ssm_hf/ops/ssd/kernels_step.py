@@ -141,3 +141,66 @@ def mamba2_step_kernel(
                         z = tl.load(z_ptr + first + i, mask=i_inside, other=0.0)
                         y_i *= silu(z.to(tl.float32))
                     tl.store(out + mlp + first + i, y_i, mask=i_inside)
+
+
+@triton.jit
+def mamba2_step_rows_kernel(
+    proj_ptr, ssm_state_ptr, dt_bias_ptr, A_log_ptr, D_ptr, out_ptr,
+    stride_proj, stride_out, heads, per_group, groups, channels, dt_low, dt_high,
+    D_PER_CHANNEL: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    STATES: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_P: tl.constexpr,  # divides HEAD_DIM
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,  # at least the heads that a program meets
+    STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Recurrence, skip and gate. One program: TILES times BLOCK_P channels of one row and group.
+
+    Tiles of the state are fetched STAGES - 1 steps ahead: the loads never pause.
+    """
+    row = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(0) * (TILES * BLOCK_P)
+    width = heads * HEAD_DIM
+    group = first // (per_group * HEAD_DIM)
+    p = tl.arange(0, BLOCK_P)
+    n = tl.arange(0, BLOCK_N)
+    n_inside = n < STATES
+    start = ssm_state_ptr + (row * width + first) * STATES
+    h = first // HEAD_DIM + tl.arange(0, BLOCK_H)
+    h_inside = h < heads
+    bias = tl.load(dt_bias_ptr + h, mask=h_inside, other=0.0).to(tl.float32)
+    A = -tl.exp(tl.load(A_log_ptr + h, mask=h_inside, other=0.0).to(tl.float32))
+    if not D_PER_CHANNEL:
+        D_of_heads = tl.load(D_ptr + h, mask=h_inside, other=0.0).to(tl.float32)
+    wait_for_previous(OVERLAP)
+
+    z_ptr = proj_ptr + row * stride_proj + first
+    x_ptr = z_ptr + width
+    grouped = proj_ptr + row * stride_proj + 2 * width + group * STATES + n
+    dt = tl.load(proj_ptr + row * stride_proj + width + channels + h, mask=h_inside, other=0.0)
+    B = tl.load(grouped, mask=n_inside, other=0.0).to(tl.float32)
+    C = tl.load(grouped + groups * STATES, mask=n_inside, other=0.0).to(tl.float32)
+    deltas = softplus(dt.to(tl.float32) + bias)
+    deltas = tl.minimum(tl.maximum(deltas, dt_low), dt_high)
+    decays = tl.exp(deltas * A)
+    state = start + p[:, None] * STATES + n[None, :]
+    out = out_ptr + row * stride_out + first + p
+    for tile in tl.range(0, TILES, num_stages=STAGES):
+        at = tile * BLOCK_P
+        S = tl.load(state + at * STATES, mask=n_inside[None, :], other=0.0)
+        x = tl.load(x_ptr + at + p).to(tl.float32)
+        z = tl.load(z_ptr + at + p).to(tl.float32)
+        here = h == (first + at) // HEAD_DIM
+        delta = tl.sum(tl.where(here, deltas, 0.0))
+        decay = tl.sum(tl.where(here, decays, 0.0))
+        if D_PER_CHANNEL:
+            D = tl.load(D_ptr + first + at + p).to(tl.float32)
+        else:
+            D = tl.sum(tl.where(here, D_of_heads, 0.0))
+        new = S.to(tl.float32) * decay + (delta * x)[:, None] * B[None, :]
+        y = tl.sum(new * C[None, :], axis=1) + D * x
+        tl.store(state + at * STATES, new, mask=n_inside[None, :])
+        tl.store(out + at, y * silu(z))

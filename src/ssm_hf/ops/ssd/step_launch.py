@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ssm_hf.ops.causal_conv1d.step_launch import convolve_into
-from ssm_hf.ops.launch import check_tensors, on_device, overlapping, tuned
-from ssm_hf.ops.ssd.kernels_step import mamba2_step_kernel
+from ssm_hf.ops.launch import check_tensors, on_device, overlapping, processors, tuned
+from ssm_hf.ops.ssd.kernels_step import mamba2_step_kernel, mamba2_step_rows_kernel
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Fewer programs than this leave a GPU's multiprocessors idle. With more, a kernel of its own for
@@ -17,6 +17,26 @@ _FEW_PROGRAMS = 512
 
 def _power_of_two(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
+
+
+def _tiles(
+    batch: int, heads: int, groups: int, head_dim: int, states: int, state: Tensor
+) -> dict[str, int] | None:
+    """Options of the kernel whose programs walk through tiles; None where there are too few tiles
+    for that, or a head is not made of whole ones."""
+    options = dict(tuned("mamba2_step_rows", "default", state.device))
+    block_n = _power_of_two(states)
+    block_p = min(options.pop("BLOCK_STATES") // block_n, head_dim & -head_dim)
+    programs = options.pop("PROGRAMS") * processors(state.device)
+    if block_p < 16 or batch * heads * head_dim < programs * block_p:
+        return None
+    per_group = heads // groups * head_dim // block_p
+    least = batch * groups * per_group / programs
+    fitting = (t for t in range(1, per_group) if per_group % t == 0 and t >= least)
+    tiles = next(fitting, per_group)
+    # Where a program's first channel lies inside a head, it meets one head more.
+    block_h = _power_of_two(tiles * block_p // head_dim + 1)
+    return {**options, "TILES": tiles, "BLOCK_P": block_p, "BLOCK_N": block_n, "BLOCK_H": block_h}
 
 
 @torch.library.custom_op("ssm_hf::mamba2_step", mutates_args=("conv_state", "ssm_state", "tickets"))
@@ -65,6 +85,18 @@ def mamba2_step_triton(
     norm = 0 if norm_weight is None else 2 if norm_before_gate else 1
     scratch = proj.new_empty(batch, width, dtype=torch.float32) if norm else None
     size = "few" if batch * heads < _FEW_PROGRAMS else "many"
+    if convolved and not norm and not mlp:
+        walked = _tiles(batch, heads, n_groups, head_dim, states, ssm_state)
+        if walked is not None:
+            D_per_channel = D.shape[0] == width and head_dim > 1
+            with on_device(proj):
+                mamba2_step_rows_kernel[(width // (walked["TILES"] * walked["BLOCK_P"]), batch)](
+                    proj, ssm_state, dt_bias, A_log, D, out, proj.stride(0), out.stride(0),
+                    heads, heads // n_groups, n_groups, channels, dt_low, dt_high,
+                    D_PER_CHANNEL=D_per_channel, HEAD_DIM=head_dim, STATES=states,
+                    **walked, **overlapping(overlap, proj.device),
+                )  # fmt: skip
+            return out
     conv, mixed = 0 if convolved else 1, None
     if conv and size == "many":
         conv, mixed = 2, proj.new_empty(batch, channels, dtype=torch.float32)
