@@ -66,6 +66,19 @@ def places_of(places_ptr, n, queries, PLACED: tl.constexpr):
 
 
 @triton.jit
+def tile_and_head(pid, tiles, PLACED: tl.constexpr):
+    """The tile of queries, and the head counted over the batch, of a program."""
+    if PLACED:
+        # All heads go along the keys together, and tiles that see nothing, which are the last,
+        # begin last.
+        rows = tl.num_programs(0) // tiles
+        return pid // rows, pid % rows
+    else:
+        # Later tiles of a causal row see more keys: they begin first.
+        return tiles - 1 - pid % tiles, pid // tiles
+
+
+@triton.jit
 def sees(low, high, key, key_mask_ptr, keys, HAS_KEY_MASK: tl.constexpr):
     """Whether queries see keys; of low, high and key one pair is a column, the other a row."""
     seen = (key >= low) & (key <= high)
@@ -113,11 +126,9 @@ def interval_attention_fwd_kernel(
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: y (B, T, H, d) of BLOCK_M queries of a head, and lse (B, H, N) in base 2."""
-    pid = tl.program_id(0)
-    # Later tiles of a causal row see more keys: they begin first.
-    tile = tiles - 1 - pid % tiles
-    head = pid // tiles % heads
-    b = (pid // tiles // heads).to(tl.int64)
+    tile, head = tile_and_head(tl.program_id(0), tiles, PLACED)
+    b = tl.cast(head // heads, tl.int64)
+    head %= heads
     group = (head // per_group).to(tl.int64)
     n = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     # Rows behind the last query go with it and are not stored.

@@ -14,6 +14,7 @@ from ssm_hf.ops.interval_attention.kernels import (
     load_rows,
     places_of,
     sees,
+    tile_and_head,
     tiles_of_keys,
 )
 
@@ -98,10 +99,9 @@ def interval_attention_dq_kernel(
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: dq (B, T, H, d) of BLOCK_M queries of a head."""
-    pid = tl.program_id(0)
-    tile = tiles - 1 - pid % tiles
-    head = pid // tiles % heads
-    b = (pid // tiles // heads).to(tl.int64)
+    tile, head = tile_and_head(tl.program_id(0), tiles, PLACED)
+    b = tl.cast(head // heads, tl.int64)
+    head %= heads
     group = (head // per_group).to(tl.int64)
     n = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     # Rows behind the last query go with it and are not stored.
