@@ -20,7 +20,10 @@ from ssm_hf.generation.session import Session
 SMALL, LARGE = 64, 512
 # Beyond these a pass as it is keeps the GPU busy, and the memory of a capture grows.
 MOST_PIECES = 4
-MOST_TOKENS = 4096  # of one piece, in all rows together
+# Of one piece's residual stream, tokens of all rows times width: its memory stays.
+MOST_NUMBERS = 16384 * 768
+# More pads than these in all rows together cost more than another small piece.
+_MOST_PADS = 4096
 
 
 class Piece:
@@ -44,15 +47,19 @@ class Piece:
             self.mask.copy_(mask)
 
 
-def cut(batch: int, length: int) -> list[int] | None:
+def cut(batch: int, length: int, width: int) -> list[int] | None:
     """Sizes of the pieces of a prompt, together at least its length; None where it is too long."""
-    large = LARGE
-    while large > SMALL and batch * large > MOST_TOKENS:
+    large, most = LARGE, MOST_NUMBERS // width
+    while large > SMALL and batch * large > most:
         large //= 2
     rest = length % large
-    first = [] if rest == 0 else [SMALL if rest <= SMALL else large]
+    small = -(-rest // SMALL)
+    if small <= 1 or batch * (large - small * SMALL) > _MOST_PADS:
+        first = [SMALL] * small
+    else:
+        first = [large]
     sizes = first + [large] * (length // large)
-    return sizes if batch * large <= MOST_TOKENS and len(sizes) <= MOST_PIECES else None
+    return sizes if batch * large <= most and len(sizes) <= MOST_PIECES else None
 
 
 def read_prompt(
@@ -60,6 +67,7 @@ def read_prompt(
     cache: RecurrentCache,
     ids: Tensor,
     mask: Tensor | None,
+    width: int,
     make_last: Callable[[], Tensor],
     read: Callable[[Piece, RecurrentCache], None],
 ) -> Tensor | None:
@@ -70,6 +78,7 @@ def read_prompt(
         cache: continued, and counted on.
         ids: new tokens, of which `cut` knows the pieces.
         mask: True at real tokens.
+        width: of the residual stream.
         make_last: memory for `Piece.last`.
         read: the pass over one piece; it must not wait for the device.
 
@@ -78,7 +87,7 @@ def read_prompt(
         in another way: nothing has happened then.
     """
     batch, length = ids.shape
-    sizes = cut(batch, length)
+    sizes = cut(batch, length, width)
     capture = session.capture_for(cache, length)
     if sizes is None or capture is None or capture.refused:
         return None

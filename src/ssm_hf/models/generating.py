@@ -243,7 +243,9 @@ class GeneratingMixin:
             return None
         ids = _new_tokens(input_ids, model_kwargs)
         batch, length = ids.shape
-        if not length or cut(batch, length) is None or cache.batch_size not in (-1, batch):
+        embed, _, _ = self.base_model._parts()
+        width = embed.embedding_dim
+        if not length or cut(batch, length, width) is None or cache.batch_size not in (-1, batch):
             return None
         if any(layer.record_past for layer in cache.stateful):
             return None
@@ -258,15 +260,14 @@ class GeneratingMixin:
         rotates = any(getattr(m, "rotary_dim", 0) for m in self.modules())
         if seq.seq_idx is not None or (rotates and not _only_counted(seq)):
             return None
-        embed, _, _ = self.base_model._parts()
         check_ids(ids, "input_ids", embed.num_embeddings)
         self._begin_states(cache, batch)
         head = self.get_output_embeddings()
 
         def make_last() -> Tensor:
-            return embed.weight.new_zeros(batch, 1, embed.embedding_dim, dtype=head.weight.dtype)
+            return embed.weight.new_zeros(batch, 1, width, dtype=head.weight.dtype)
 
-        last = read_prompt(session, cache, ids, seq.mask, make_last, self._read_piece)
+        last = read_prompt(session, cache, ids, seq.mask, width, make_last, self._read_piece)
         if last is None:
             return None
         logits = head(last)

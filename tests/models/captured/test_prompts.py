@@ -89,13 +89,20 @@ def test_positions_of_the_caller_are_obeyed() -> None:
 
 def test_how_prompts_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    assert prefill.cut(1, 1) == [64]
-    assert prefill.cut(1, 65) == [512]
-    assert prefill.cut(1, 512) == [512]
-    assert prefill.cut(2, 1030) == [64, 512, 512]
-    assert prefill.cut(64, 100) == [64, 64]
-    for batch, length in ((1, 2049), (65, 64), (32, 513)):
-        assert prefill.cut(batch, length) is None
+    for batch, length, pieces in (
+        (1, 1, [64]),
+        (1, 65, [512]),
+        (1, 512, [512]),
+        (2, 1030, [64, 512, 512]),
+        (32, 513, [64, 512]),
+        (64, 100, [64, 64]),
+        (64, 512, [256, 256]),
+        (256, 64, [64]),
+    ):
+        assert prefill.cut(batch, length, 768) == pieces
+    assert prefill.cut(64, 128, 2560) == [64, 64]
+    for batch, length in ((1, 2049), (257, 64), (64, 1100)):
+        assert prefill.cut(batch, length, 768) is None
 
 
 @torch.no_grad()
