@@ -51,21 +51,28 @@ def _forward(
     counts: Tensor | None,
     save: bool,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The result; what the inner projection gave; what the scan gave (empty: that is the result);
-    with `save` the scan's states; with `keep` what the convolution gave and dt (else empty)."""
+    with `save` the scan's states; with `keep` what the convolution gave, dt, and the three
+    projections' weights in proj's dtype if they are in another one (else empty)."""
     hidden, z = proj.chunk(2, dim=-1)
     x = _convolved(hidden, conv_weight, conv_bias, doc, order, counts)
-    inner_proj = F.linear(x, x_weight.to(x.dtype))
+    narrow_x, narrow_dt = x_weight.to(x.dtype), dt_weight.to(x.dtype)
+    narrow_out = None if out_weight is None else out_weight.to(x.dtype)
+    inner_proj = F.linear(x, narrow_x)
     low, B, C = _split(inner_proj, dt_weight.shape[1])
-    dt = F.linear(low, dt_weight.to(x.dtype))
+    dt = F.linear(low, narrow_dt)
     y, _, states = scan._forward(x, dt, A, B, C, D, z, dt_bias, None, doc, None, mask, *_STEP, save)
+    result = y
+    if narrow_out is None:
+        y = y.new_empty(0)
+    else:
+        result = F.linear(y, narrow_out, None if out_bias is None else out_bias.to(y.dtype))
     if not keep:
         x, dt = y.new_empty(0), y.new_empty(0)
-    if out_weight is None:
-        return y, inner_proj, y.new_empty(0), states, x, dt
-    bias = None if out_bias is None else out_bias.to(y.dtype)
-    return F.linear(y, out_weight.to(y.dtype), bias), inner_proj, y, states, x, dt
+    weights = ((narrow_x, x_weight), (narrow_dt, dt_weight), (narrow_out, out_weight))
+    kept = [y.new_empty(0) if w is None or not keep or w is of else w for w, of in weights]
+    return result, inner_proj, y, states, x, dt, kept[0], kept[1], kept[2]
 
 
 @_forward.register_fake
@@ -86,14 +93,21 @@ def _(
     counts: Tensor | None,
     save: bool,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, inner = proj.shape[:2], A.shape[0]
     y, _, states = scan._outputs(proj.new_empty(*rows, inner), A, None, save)
     inner_proj = proj.new_empty(*rows, x_weight.shape[0])
     x, dt = (proj.new_empty((*rows, inner) if keep else (0,)) for _ in range(2))
+    kept = [
+        proj.new_empty(w.shape if w is not None and keep and w.dtype != proj.dtype else (0,))
+        for w in (x_weight, dt_weight, out_weight)
+    ]
+    result = y
     if out_weight is None:
-        return y, inner_proj, y.new_empty(0), states, x, dt
-    return proj.new_empty(*rows, out_weight.shape[0]), inner_proj, y, states, x, dt
+        y = y.new_empty(0)
+    else:
+        result = proj.new_empty(*rows, out_weight.shape[0])
+    return result, inner_proj, y, states, x, dt, kept[0], kept[1], kept[2]
 
 
 @torch.library.custom_op("ssm_hf::mamba1_mix_bwd", mutates_args=())
@@ -104,6 +118,9 @@ def _backward(
     states: Tensor,
     x: Tensor,
     dt: Tensor,
+    narrow_x: Tensor,
+    narrow_dt: Tensor,
+    narrow_out: Tensor,
     proj: Tensor,
     conv_weight: Tensor,
     conv_bias: Tensor | None,
@@ -128,10 +145,15 @@ def _backward(
     (hidden, z), (dhidden, dz) = proj.chunk(2, dim=-1), dproj.chunk(2, dim=-1)
     empty, rank = proj.new_empty(0), dt_weight.shape[1]
 
+    narrow_x, narrow_dt = (
+        kept if kept.numel() else weight.to(proj.dtype)
+        for kept, weight in ((narrow_x, x_weight), (narrow_dt, dt_weight))
+    )
+
     dy = dout.contiguous()
     rows = dy.flatten(0, 1)
     if out_weight is not None:
-        dy = dy @ out_weight.to(dy.dtype)
+        dy = dy @ (narrow_out if narrow_out.numel() else out_weight.to(dy.dtype))
     if out_grad:
         product_into(grads[8], rows.t(), y.flatten(0, 1))
         if out_bias is not None:
@@ -141,25 +163,23 @@ def _backward(
         x = _convolved(hidden, conv_weight, conv_bias, doc, order, counts)
     low, B, C = _split(inner_proj, rank)
     if not dt.numel():
-        dt = F.linear(low, dt_weight.to(x.dtype))
-    dx, ddt, dA, dB, dC, dD, dgate, dbias, _ = scan._backward(
-        dy, None, x, dt, A, B, C, D, z, dt_bias, None, doc, None, mask, states, *_STEP
-    )
+        dt = F.linear(low, narrow_dt)
+    dx, ddt, dinner_proj = (torch.empty_like(v) for v in (x, dt, inner_proj))
+    dlow, dB, dC = _split(dinner_proj, rank)
+    dbias, dA, dD = grads[5:8]
+    scan.gradients_into(
+        dx, ddt, dA, dB, dC, dD, dz, dbias, empty, dy, None, x, dt, A, B, C, D, z, dt_bias, None,
+        doc, None, mask, states, *_STEP,
+    )  # fmt: skip
     del dt, dy
-    dz.copy_(dgate)
-    del dgate
-    grads[5:8] = [dbias, dA, dD]
 
-    dinner_proj = torch.empty_like(inner_proj)
-    for part, grad in zip(
-        _split(dinner_proj, rank), (ddt @ dt_weight.to(ddt.dtype), dB, dC), strict=True
-    ):
-        part.copy_(grad)
-    product_into(ddt_weight, ddt.flatten(0, 1).t(), low.flatten(0, 1))
-    del ddt
+    steps = ddt.flatten(0, 1)
+    torch.mm(steps, narrow_dt, out=dlow.flatten(0, 1))
+    product_into(ddt_weight, steps.t(), low.flatten(0, 1))
+    del ddt, steps
     flat = dinner_proj.flatten(0, 1)
     product_into(dx_weight, flat.t(), x.flatten(0, 1))
-    dx.flatten(0, 1).addmm_(flat, x_weight.to(flat.dtype))
+    dx.flatten(0, 1).addmm_(flat, narrow_x)
     conv.gradients_into(
         dhidden, dconv_weight, dconv_bias, empty, dx, None, hidden, conv_weight, conv_bias, None,
         doc, None, order, counts, True,
@@ -178,7 +198,7 @@ def _empty_grads(given: tuple[Tensor | None, ...], out_grad: bool) -> list[Tenso
 
 @_backward.register_fake
 def _(dout: Tensor, *inputs: Any) -> list[Tensor]:
-    return _empty_grads(inputs[5:15], inputs[-1])
+    return _empty_grads(inputs[8:18], inputs[-1])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Triton kernel of the selective scan's backward pass; tiles are laid out as in the forward one."""
+"""Triton kernels of the selective scan's backward pass, with tiles as in the forward one."""
 
 import triton
 import triton.language as tl
@@ -80,6 +80,7 @@ def selective_scan_bwd_kernel(
     C_t,
     z_b,
     z_t,
+    dz_t,
     tokens,
     T,
     E,
@@ -156,7 +157,6 @@ def selective_scan_bwd_kernel(
         long = tl.cast(c0, tl.int64)
         entering = tl.load(saved_ptr + chunk * size + en, mask=in_en, other=0.0)
         h = tl.sum(entering, axis=0)
-
         # Forward through the chunk: the state before each tile goes to scratch.
         x_at, dt_at, B_at = x_ptr + long * x_t, dt_ptr + long * dt_t, B_ptr + long * B_t
         noted = scratch_ptr
@@ -247,7 +247,8 @@ def selective_scan_bwd_kernel(
             if z_ptr is not None:
                 y = tl.sum(states * C[:, None, :], axis=2) + D * x
                 open_ = _sigmoid(z)
-                tl.store(dz_ptr + out, dy * y * open_ * (1.0 + z * (1.0 - open_)), mask=inside)
+                dz_at = (first + at)[:, None] * dz_t + e[None, :]
+                tl.store(dz_ptr + dz_at, dy * y * open_ * (1.0 + z * (1.0 - open_)), mask=inside)
                 dy *= z * open_
             dC = _over_channels(states * dy[:, :, None])
             cdy = C[:, None, :] * dy[:, :, None]
@@ -285,3 +286,49 @@ def selective_scan_bwd_kernel(
         tl.store(dbias_ptr + place.to(tl.int64) * E + e, tl.sum(dbias, axis=0), mask=in_e)
     if dinitial_ptr is not None and segment == 0:
         tl.store(dinitial_ptr + row * size + en, k[None, :, :], mask=in_en)
+
+
+@triton.jit
+def _sum_of_shares(share_ptr, to_ptr, to_b, to_t, row, n, tokens, length, N, shares,
+                   UNROLL: tl.constexpr):  # fmt: skip
+    inside = (row < tokens)[:, None] & (n < N)[None, :]
+    share_ptr += row[:, None] * N + n[None, :]
+    size = tl.cast(tokens, tl.int64) * N
+    total = tl.zeros(inside.shape, tl.float32)
+    for i in range(0, shares, UNROLL):
+        for j in tl.static_range(UNROLL):
+            there = inside & (i + j + 0 * n < shares)[None, :]
+            share = tl.load(share_ptr + j * size, mask=there, other=0.0)
+            total += share.to(tl.float32)
+        share_ptr += UNROLL * size
+    batch = row // length
+    to_ptr += (batch * to_b + (row - batch * length) * to_t)[:, None] + n[None, :]
+    tl.store(to_ptr, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens", "length", "shares", "rows"])
+def selective_scan_sum_kernel(
+    dB_shares_ptr, dC_shares_ptr, dA_shares_ptr, dD_shares_ptr, dbias_shares_ptr,
+    dB_ptr, dC_ptr, dA_ptr, dD_ptr, dbias_ptr, dB_b, dB_t, dC_b, dC_t,
+    tokens, length, E, N, shares, rows,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """The sums of what the programs found, always in the same order.
+
+    dB and dC (B, T, N) of (shares, B T, N), dA (E, N), dD and dbias (E,) of (rows, ...). The second
+    number of a program says which, the first which ROWS tokens or channels.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    n = tl.arange(0, BLOCK_N)
+    which = tl.program_id(1)
+    if which == 0:
+        _sum_of_shares(dB_shares_ptr, dB_ptr, dB_b, dB_t, row, n, tokens, length, N, shares, UNROLL)
+    elif which == 1:
+        _sum_of_shares(dC_shares_ptr, dC_ptr, dC_b, dC_t, row, n, tokens, length, N, shares, UNROLL)
+    elif which == 2:
+        _sum_of_shares(dA_shares_ptr, dA_ptr, 0, N, row, n, E, E, N, rows, UNROLL)
+    else:
+        if dD_ptr is not None:
+            _sum_of_shares(dD_shares_ptr, dD_ptr, 0, 1, row, n, E, E, 1, rows, UNROLL)
+        if dbias_ptr is not None:
+            _sum_of_shares(dbias_shares_ptr, dbias_ptr, 0, 1, row, n, E, E, 1, rows, UNROLL)

@@ -20,12 +20,16 @@ from ssm_hf.ops.selective_scan.kernels import (
     selective_scan_carry_kernel,
     selective_scan_fwd_kernel,
 )
-from ssm_hf.ops.selective_scan.kernels_bwd import selective_scan_bwd_kernel
+from ssm_hf.ops.selective_scan.kernels_bwd import (
+    selective_scan_bwd_kernel,
+    selective_scan_sum_kernel,
+)
 
 # Triton's annotations do not know that plain values may stand for constants.
 _fwd_kernel: Any = selective_scan_fwd_kernel
 _carry_kernel: Any = selective_scan_carry_kernel
 _bwd_kernel: Any = selective_scan_bwd_kernel
+_sum_kernel: Any = selective_scan_sum_kernel
 
 LARGEST_STATE = 256
 CHUNK = 64  # tokens between two saved states
@@ -248,6 +252,50 @@ def _backward(
     highest: float,
 ) -> list[Tensor]:
     """-> gradients of x, dt, A, B, C, D, z, dt_bias and initial_state; empty where None came in."""
+    given = (x, dt, A, B, C, D, z, dt_bias, initial_state)
+    grads = [x.new_empty(0) if v is None else v.new_empty(v.shape) for v in given]
+    dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial = grads
+    gradients_into(
+        dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial, dy, dfinal, *given, seq_idx, cu_seqlens, mask,
+        saved, dt_softplus, lowest, highest,
+    )  # fmt: skip
+    return grads
+
+
+def gradients_into(
+    dx: Tensor,
+    ddt: Tensor,
+    dA: Tensor,
+    dB: Tensor,
+    dC: Tensor,
+    dD: Tensor,
+    dz: Tensor,
+    dbias: Tensor,
+    dinitial: Tensor,
+    dy: Tensor,
+    dfinal: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    saved: Tensor,
+    dt_softplus: bool,
+    lowest: float,
+    highest: float,
+) -> None:
+    """Write the gradients, where there is something that they belong to.
+
+    dB and dC may have any strides of batch and time, dz may be some of the columns of a contiguous
+    tensor; the others are contiguous.
+    """
     batch, length, inner = x.shape
     states = A.shape[1]
     rows, segments, blocks, options = _plan("selective_scan_bwd", x, states, cu_seqlens)
@@ -257,14 +305,13 @@ def _backward(
     packing = _flat(seq_idx, cu_seqlens, mask)
     programs = rows * segments * blocks
     wide: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
-    dx, ddt = x.new_empty(x.shape), dt.new_empty(dt.shape)
-    dz = None if z is None else z.new_empty(z.shape)
     # Shares of 16-bit gradients have 16 bits: half the traffic, one rounding more than the sum's.
-    dB, dC = (v.new_empty(blocks, batch, length, states) for v in (B, C))
-    dA = torch.empty(rows * segments, inner, states, **wide)
-    dD = None if D is None else torch.empty(rows * segments, inner, **wide)
-    dbias = None if dt_bias is None else torch.empty(rows * segments, inner, **wide)
-    dinitial = None if initial_state is None else torch.empty(rows, inner, states, **wide)
+    dB_shares, dC_shares = (v.new_empty(blocks, batch, length, states) for v in (B, C))
+    dA_shares = torch.empty(rows * segments, inner, states, **wide)
+    dD_shares, dbias_shares = (
+        None if v is None else torch.empty(rows * segments, inner, **wide) for v in (D, dt_bias)
+    )
+    has_initial = initial_state is not None
     tiles = CHUNK // options["BLOCK_T"]
     scratch = torch.empty(programs, tiles, options["BLOCK_E"], options["BLOCK_N"], **wide)
     with on_device(x):
@@ -286,14 +333,15 @@ def _backward(
             scratch,
             dx,
             ddt,
-            dz,
-            dB,
-            dC,
-            dA,
-            dD,
-            dbias,
-            dinitial,
+            None if z is None else dz,
+            dB_shares,
+            dC_shares,
+            dA_shares,
+            dD_shares,
+            dbias_shares,
+            dinitial if has_initial else None,
             *_strides(dy, x, dt, B, C, z),
+            0 if z is None else dz.stride(1),
             batch * length,
             length,
             inner,
@@ -303,18 +351,38 @@ def _backward(
             CHUNK=CHUNK,
             **options,
         )
-    given = (
-        (dx, x),
-        (ddt, dt),
-        (dA.sum(0), A),
-        (dB.sum(0), B),
-        (dC.sum(0), C),
-        (None if dD is None else dD.sum(0), D),
-        (dz, z),
-        (None if dbias is None else dbias.sum(0), dt_bias),
-        (dinitial, initial_state),
+        _add_up(
+            (dB_shares, dC_shares, dA_shares, dD_shares, dbias_shares),
+            (dB, dC, dA, dD, dbias),
+        )
+
+
+def _add_up(
+    shares: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], sums: tuple[Tensor, ...]
+) -> None:
+    """Sums of B's, C's, A's, D's and the bias's gradient over the first dimension."""
+    dB, dC, dA, dD, dbias = sums
+    tokens, (inner, states) = dB.shape[0] * dB.shape[1], dA.shape
+    options = dict(tuned("selective_scan_sum", "default", dB.device))
+    block_n = 1 << (states - 1).bit_length()
+    a_program = max(options.pop("TILE") // block_n, 1)
+    _sum_kernel[(-(-max(tokens, inner) // a_program), 4)](
+        *shares,
+        dB,
+        dC,
+        dA,
+        *(None if of is None else v for of, v in zip(shares[3:], (dD, dbias), strict=True)),
+        *_strides(dB, dC),
+        tokens,
+        dB.shape[1],
+        inner,
+        states,
+        len(shares[0]),
+        len(shares[2]),
+        ROWS=a_program,
+        BLOCK_N=block_n,
+        **options,
     )
-    return [x.new_empty(0) if g is None or of is None else g.to(of.dtype) for g, of in given]
 
 
 @_backward.register_fake
