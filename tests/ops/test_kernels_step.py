@@ -9,7 +9,6 @@ from ssm_hf.ops.causal_conv1d.step import causal_conv1d_step_
 from ssm_hf.ops.dispatch import ImplementationUnavailableError
 from ssm_hf.ops.norm_linear import MOST_ROWS, norm_linear
 from ssm_hf.ops.norm_linear import launch as linear_launch
-from ssm_hf.ops.selective_scan import step_launch as scan_launch
 from ssm_hf.ops.selective_scan.step import mamba1_step
 from ssm_hf.ops.ssd import step_launch
 from ssm_hf.ops.ssd.step import mamba2_step
@@ -172,7 +171,7 @@ def test_mamba1_step_equals_torch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     # With few multiprocessors, nine rows are enough for programs that take several.
-    monkeypatch.setattr(scan_launch, "processors", lambda device: 1)
+    monkeypatch.setattr(launch, "processors", lambda device: 1)
     width = rank if low_rank else inner
     row = _draw(batch, width + 2 * states)
     wide = _draw(batch, 2 * inner)
@@ -208,7 +207,7 @@ def test_mamba2_step_of_many_rows_equals_torch(case: dict, monkeypatch: pytest.M
     """Programs that walk through several tiles of the state, also from within a head."""
     given = {"batch": 5, "head_dim": 32, "norm": None, "convolved": True, **case}
     processors = given.pop("processors", 2)
-    monkeypatch.setattr(step_launch, "processors", lambda device: processors)
+    monkeypatch.setattr(launch, "processors", lambda device: processors)
     tensors, options = _mamba2_case(**given)
     results = _both(mamba2_step, tensors, ("ssm_state",), **options)
     state = BF16 if "state_dtype" in case else FP32

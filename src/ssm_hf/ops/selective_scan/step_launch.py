@@ -5,7 +5,8 @@
 import torch
 from torch import Tensor
 
-from ssm_hf.ops.launch import check_tensors, on_device, overlapping, processors, tuned
+from ssm_hf.ops import launch as common
+from ssm_hf.ops.launch import check_tensors, on_device, overlapping, tuned
 from ssm_hf.ops.selective_scan.kernels_step import mamba1_step_kernel, mamba1_step_rows_kernel
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -53,7 +54,7 @@ def mamba1_step_triton(
     options = dict(tuned("mamba1_step_rows", "default", x.device))
     grid = -(-inner // options["BLOCK_I"]), -(-batch // options["ROWS"])
     # Several rows a program, where that leaves enough programs.
-    enough = grid[0] * grid[1] >= options.pop("PROGRAMS") * processors(x.device)
+    enough = grid[0] * grid[1] >= options.pop("PROGRAMS") * common.processors(x.device)
     if enough and batch >= options["ROWS"]:
         with on_device(x):
             mamba1_step_rows_kernel[grid](

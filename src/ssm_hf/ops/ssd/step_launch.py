@@ -5,8 +5,9 @@
 import torch
 from torch import Tensor
 
+from ssm_hf.ops import launch as common
 from ssm_hf.ops.causal_conv1d.step_launch import convolve_into
-from ssm_hf.ops.launch import check_tensors, on_device, overlapping, processors, tuned
+from ssm_hf.ops.launch import check_tensors, on_device, overlapping, tuned
 from ssm_hf.ops.ssd.kernels_step import mamba2_step_kernel, mamba2_step_rows_kernel
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -27,7 +28,7 @@ def _tiles(
     options = dict(tuned("mamba2_step_rows", "default", state.device))
     block_n = _power_of_two(states)
     block_p = min(options.pop("BLOCK_STATES") // block_n, head_dim & -head_dim)
-    programs = options.pop("PROGRAMS") * processors(state.device)
+    programs = options.pop("PROGRAMS") * common.processors(state.device)
     if block_p < 16 or batch * heads * head_dim < programs * block_p:
         return None
     per_group = heads // groups * head_dim // block_p
