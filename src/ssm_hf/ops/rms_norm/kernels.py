@@ -18,16 +18,18 @@ def _sigmoid(x):
 @triton.jit
 def _load(
     x_ptr, residual_ptr, gate_ptr, x_at, residual_at, gate_at, columns, inside,
-    HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """x, residual and gate as they are stored."""
-    x = tl.load(x_ptr + x_at + columns, mask=inside, other=0.0)
+    """x, residual and gate as they are stored; KEPT says what caches do with them."""
+    x = tl.load(x_ptr + x_at + columns, mask=inside, other=0.0, eviction_policy=KEPT)
     residual = 0.0
     if HAS_RESIDUAL:
-        residual = tl.load(residual_ptr + residual_at + columns, mask=inside, other=0.0)
+        residual_ptr += residual_at + columns
+        residual = tl.load(residual_ptr, mask=inside, other=0.0, eviction_policy=KEPT)
     gate = 0.0
     if GATED:
-        gate = tl.load(gate_ptr + gate_at + columns, mask=inside, other=0.0)
+        gate_ptr += gate_at + columns
+        gate = tl.load(gate_ptr, mask=inside, other=0.0, eviction_policy=KEPT)
     return x, residual, gate
 
 
@@ -41,7 +43,7 @@ def _stream(
     if HAS_RESIDUAL:
         total = (h + residual.to(tl.float32)).to(total_ptr.dtype.element_ty)
         if STORE:
-            tl.store(total_ptr + total_at + columns, total, mask=inside)
+            tl.store(total_ptr + total_at + columns, total, mask=inside, cache_modifier=".cs")
         h = total.to(tl.float32)
     if GATE_FIRST:
         z = gate.to(tl.float32)
@@ -60,7 +62,7 @@ def _finish(h, scale, gate, weight, y_ptr, y_at, columns, inside, GATE_LAST: tl.
     if GATE_LAST:
         z = gate.to(tl.float32)
         y *= z * _sigmoid(z)
-    tl.store(y_ptr + y_at + columns, y, mask=inside)
+    tl.store(y_ptr + y_at + columns, y, mask=inside, cache_modifier=".cs")
 
 
 @triton.jit
@@ -113,7 +115,7 @@ def rms_norm_fwd_kernel(
             inside = (row < rows) & (at < size)
             one = _load(
                 x_ptr, residual_ptr, gate_ptr, x_at, residual_at, gate_at, at, inside,
-                HAS_RESIDUAL, GATED,
+                HAS_RESIDUAL, GATED, "evict_first",
             )  # fmt: skip
             loaded = loaded + (one,)
             if EARLY:
@@ -140,7 +142,7 @@ def rms_norm_fwd_kernel(
             inside = (row < rows) & (at < size)
             x, residual, gate = _load(
                 x_ptr, residual_ptr, gate_ptr, x_at, residual_at, gate_at, at, inside,
-                HAS_RESIDUAL, GATE_FIRST,
+                HAS_RESIDUAL, GATE_FIRST, "",
             )  # fmt: skip
             h = _stream(
                 x, residual, gate, total_ptr, y_at, at, inside, HAS_RESIDUAL, GATE_FIRST, True
@@ -152,7 +154,7 @@ def rms_norm_fwd_kernel(
             inside = (row < rows) & (at < size)
             x, residual, gate = _load(
                 x_ptr, residual_ptr, gate_ptr, x_at, residual_at, gate_at, at, inside,
-                HAS_RESIDUAL, GATED,
+                HAS_RESIDUAL, GATED, "",
             )  # fmt: skip
             h = _stream(
                 x, residual, gate, total_ptr, y_at, at, inside, HAS_RESIDUAL, GATE_FIRST, False
