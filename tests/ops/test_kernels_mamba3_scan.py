@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ssm_hf.ops import mamba3_scan
-from ssm_hf.ops.mamba3_scan import Mamba3State, launch
+from ssm_hf.ops.mamba3_scan import Mamba3State, launch, launch_grads
 from ssm_hf.ops.mamba3_scan.step import mamba3_mix_step
 from tests.helpers import kernel_device, relative_error
 
@@ -178,7 +178,7 @@ def test_mamba3_scan_kernels_do_not_depend_on_segments(monkeypatch: pytest.Monke
 def test_mamba3_scan_kernels_sum_groups_over_blocks_of_heads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(launch, "_heads_per_program", lambda k, most: 2)
+    monkeypatch.setattr(launch_grads, "_heads_per_program", lambda k, most: 2)
     _assert_equals_reference(_leaves(1, 5, 8, groups=2))
 
 

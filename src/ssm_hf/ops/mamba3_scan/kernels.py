@@ -20,213 +20,25 @@ import inspect
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import libdevice
 
-from ssm_hf.ops.ssd.kernels import load_tile, place_of_row, store_tile
+from ssm_hf.ops.mamba3_scan.kernels_tiles import (
+    exp2,
+    gates,
+    load_factor,
+    load_gradients,
+    load_inputs,
+    load_rest,
+    load_rotated,
+    load_token,
+    products,
+    rotation,
+    store_state,
+)
+from ssm_hf.ops.ssd.kernels import place_of_row, store_tile
 
 # What is hoisted out of a loop is kept, in too few registers: kernels ask that it is not, which
 # Triton can do from 3.5 on.
 CAN_KEEP_IN_LOOPS = "disable_licm" in inspect.signature(tl.range.__init__).parameters
-TWO_PI = tl.constexpr(6.283185307179586)
-# Adding and subtracting it rounds an fp32 number below 2^22 to the nearest integer.
-ROUND = tl.constexpr(12582912.0)
-
-
-@triton.jit
-def exp2(x, FAST: tl.constexpr):
-    """2^x; FAST flushes results below 2^-126 to 0, without the steps that save them."""
-    if FAST:
-        return tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        return tl.exp2(x)
-
-
-@triton.jit
-def sigmoid(x, FAST: tl.constexpr):
-    """1 / (1 + e^-x); FAST takes the GPU's own reciprocal, exact to two units in the last place.
-
-    Triton's quotient takes a dozen instructions, in places a fifth of a kernel's.
-    """
-    if FAST:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .f32 t;
-            mul.f32 t, $1, 0fBFB8AA3B;
-            ex2.approx.ftz.f32 t, t;
-            add.f32 t, t, 0f3F800000;
-            rcp.approx.ftz.f32 $0, t;
-            }""",
-            "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        return 1.0 / (1.0 + tl.exp(-x))
-
-
-@triton.jit
-def load_token(at, Q: tl.constexpr, RANKS: tl.constexpr):
-    """The four numbers of the token of each of a chunk's rows; see `mamba3_prepare_kernel`.
-
-    One load, of more elements than there are threads: Triton repeats smaller ones for every layout.
-    """
-    e = tl.arange(0, 4 * Q * RANKS)
-    if RANKS > 1:
-        e = (e // (4 * RANKS)) * 4 + e % 4
-    ac, bd = tl.split(tl.reshape(tl.load(at + e), (Q * RANKS, 2, 2)))
-    a, c = tl.split(ac)
-    b, d = tl.split(bd)
-    return a, b, c, d
-
-
-@triton.jit
-def rotation(
-    turns_base, entry, delta, i, n, in_row, RAGGED: tl.constexpr, RANKS: tl.constexpr,
-    FAST: tl.constexpr, W: tl.constexpr,
-):  # fmt: skip
-    """Cosine and sine (ROWS, W) of the angles of rows i; `turns_base` is the chunk's."""
-    turns = load_tile(turns_base, W, i // RANKS, n, in_row, RAGGED, False, W)
-    step = delta
-    if RANKS > 1:
-        step = tl.where(i % RANKS == 0, delta, 0.0)
-    turns = tl.cumsum(turns * step[:, None], axis=0) + entry[None, :]
-    angle = (turns - ((turns + ROUND) - ROUND)) * TWO_PI
-    if FAST:
-        return libdevice.fast_cosf(angle), libdevice.fast_sinf(angle)
-    else:
-        return tl.cos(angle), tl.sin(angle)
-
-
-@triton.jit
-def load_columns(
-    base, bias_ptr, i, n, in_row, RAGGED: tl.constexpr, RANKS: tl.constexpr, WIDTH: tl.constexpr,
-    PITCH: tl.constexpr,
-):  # fmt: skip
-    """One tile of B's or C's rows plus bias (a head's, (RANKS, PITCH)), in fp32."""
-    value = load_tile(base, PITCH, i, n, in_row, RAGGED, False, WIDTH).to(tl.float32)
-    if bias_ptr is not None:
-        if RANKS == 1:
-            value += tl.load(bias_ptr + n)[None, :]
-        else:
-            value += tl.load(bias_ptr + (i % RANKS)[:, None] * PITCH + n[None, :])
-    return value
-
-
-@triton.jit
-def load_pairs(
-    base, bias_ptr, i, in_row, RAGGED: tl.constexpr, RANKS: tl.constexpr, W: tl.constexpr,
-    PITCH: tl.constexpr,
-):  # fmt: skip
-    """Tiles a and b; see `load_columns`."""
-    n = tl.arange(0, W)
-    a = load_columns(base, bias_ptr, i, n, in_row, RAGGED, RANKS, W, PITCH)
-    return a, load_columns(base, bias_ptr, i, n + W, in_row, RAGGED, RANKS, W, PITCH)
-
-
-@triton.jit
-def load_rotated(
-    base, bias_ptr, cos, sin, i, in_row, TYPE: tl.constexpr, RAGGED: tl.constexpr,
-    RANKS: tl.constexpr, ROPE: tl.constexpr, W: tl.constexpr, PITCH: tl.constexpr,
-):  # fmt: skip
-    """Tiles a and b, turned and rounded."""
-    a, b = load_pairs(base, bias_ptr, i, in_row, RAGGED, RANKS, W, PITCH)
-    if ROPE:
-        return (a * cos - b * sin).to(TYPE), (a * sin + b * cos).to(TYPE)
-    else:
-        return a.to(TYPE), b.to(TYPE)
-
-
-@triton.jit
-def load_rest(
-    base, bias_ptr, i, in_row, TYPE: tl.constexpr, RAGGED: tl.constexpr, RANKS: tl.constexpr,
-    W: tl.constexpr, V: tl.constexpr, PITCH: tl.constexpr,
-):  # fmt: skip
-    """Tile c, rounded."""
-    n = 2 * W + tl.arange(0, V)
-    return load_columns(base, bias_ptr, i, n, in_row, RAGGED, RANKS, V, PITCH).to(TYPE)
-
-
-@triton.jit
-def products(qa, qb, qc, ka, kb, kc, TYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """q k^T over all slots."""
-    p = tl.dot(qa, tl.trans(ka.to(TYPE)), input_precision=PRECISION)
-    p = tl.dot(qb, tl.trans(kb.to(TYPE)), p, input_precision=PRECISION)
-    if qc is not None:
-        p = tl.dot(qc, tl.trans(kc.to(TYPE)), p, input_precision=PRECISION)
-    return p
-
-
-@triton.jit
-def load_factor(
-    ptr, head, i, p, ranks, RANKS: tl.constexpr, CUT_P: tl.constexpr, HEAD_DIM: tl.constexpr
-):
-    """mimo_x, mimo_z or mimo_o (H, R, P) of a head's rows (ROWS, BLOCK_P), 0 beyond the rank."""
-    r = i % RANKS
-    at = ptr + (head * ranks + r)[:, None] * HEAD_DIM + p[None, :]
-    inside = (r < ranks)[:, None] & (p < HEAD_DIM)[None, :]
-    return tl.load(at, mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def load_inputs(
-    base, stride, factor_ptr, head, i, p, in_row, ranks, RAGGED: tl.constexpr,
-    RANKS: tl.constexpr, CUT_P: tl.constexpr, HEAD_DIM: tl.constexpr,
-):  # fmt: skip
-    """Rows of x, times mimo_x where it is given."""
-    x = load_tile(base, stride, i // RANKS, p, in_row, RAGGED, CUT_P, HEAD_DIM)
-    if factor_ptr is not None:
-        x = x.to(tl.float32) * load_factor(factor_ptr, head, i, p, ranks, RANKS, CUT_P, HEAD_DIM)
-    return x
-
-
-@triton.jit
-def gates(
-    z_base, z_st, mz_ptr, head, i, p, in_row, ranks, RAGGED: tl.constexpr, RANKS: tl.constexpr,
-    CUT_P: tl.constexpr, HEAD_DIM: tl.constexpr, FAST: tl.constexpr,
-):  # fmt: skip
-    """z, z mimo_z of rows, and its sigmoid."""
-    z = load_tile(z_base, z_st, i // RANKS, p, in_row, RAGGED, CUT_P, HEAD_DIM).to(tl.float32)
-    u = z
-    if mz_ptr is not None:
-        u = z * load_factor(mz_ptr, head, i, p, ranks, RANKS, CUT_P, HEAD_DIM)
-    return z, u, sigmoid(u, FAST)
-
-
-@triton.jit
-def load_gradients(
-    base, dy_st, dy_sr, z_base, z_st, mz_ptr, mo_ptr, head, i, p, is_real, ranks,
-    RAGGED: tl.constexpr, RANKS: tl.constexpr, PER_RANK: tl.constexpr, CUT_P: tl.constexpr,
-    HEAD_DIM: tl.constexpr, FAST: tl.constexpr,
-):  # fmt: skip
-    """Gradients of rows of y before gate and mimo_o. `is_real` is read where RAGGED says so."""
-    if PER_RANK:
-        at = base + (i // RANKS)[:, None] * dy_st + (i % RANKS)[:, None] * dy_sr + p[None, :]
-        inside = (is_real & (i % RANKS < ranks))[:, None] & (p < HEAD_DIM)[None, :]
-        dy = tl.load(at, mask=inside, other=0.0)
-    else:
-        dy = load_tile(base, dy_st, i // RANKS, p, is_real, RAGGED, CUT_P, HEAD_DIM)
-        if z_base is not None:
-            _z, u, sigmoid = gates(
-                z_base, z_st, mz_ptr, head, i, p, is_real, ranks, RAGGED, RANKS, CUT_P, HEAD_DIM,
-                FAST,
-            )  # fmt: skip
-            dy = dy.to(tl.float32) * (u * sigmoid)
-        if mo_ptr is not None:
-            dy = dy.to(tl.float32) * load_factor(mo_ptr, head, i, p, ranks, RANKS, CUT_P, HEAD_DIM)
-    return dy
-
-
-@triton.jit
-def store_state(
-    to, p, p_in, a, b, c, CUT_P: tl.constexpr, W: tl.constexpr, V: tl.constexpr
-):  # fmt: skip
-    """Store a head's state (P, PITCH)."""
-    PITCH: tl.constexpr = 2 * W + V
-    n = tl.arange(0, W)
-    store_tile(to, PITCH, p, n, p_in, a, CUT_P, False, W)
-    store_tile(to + W, PITCH, p, n, p_in, b, CUT_P, False, W)
-    if V > 0:
-        store_tile(to + 2 * W, PITCH, p, tl.arange(0, V), p_in, c, CUT_P, False, V)
 
 
 @triton.jit
@@ -250,7 +62,7 @@ def entry_tile(
 @triton.jit
 def walk(
     x_ptr, mx_ptr, dy_ptr, z_ptr, mz_ptr, mo_ptr, k_ptr, bias_ptr, mask_ptr, token_ptr, scale_ptr,
-    turns_ptr, phase_ptr, states_ptr, entry_ptr, exit_ptr, totals_ptr, carry_ptr, cu_ptr, first_ptr,
+    angle_ptr, states_ptr, entry_ptr, exit_ptr, totals_ptr, carry_ptr, cu_ptr, first_ptr,
     row, segment, head, p_block,
     x_sb, x_st, x_sh, dy_sb, dy_st, dy_sr, dy_sh, z_sb, z_st, z_sh, mask_sb, mask_st,
     rows, length, heads, groups, ranks,
@@ -274,6 +86,7 @@ def walk(
     high = tl.minimum(low + per_segment, chunks)
 
     i = tl.arange(0, ROWS)
+    j = tl.arange(0, Q)
     p = p_block * BLOCK_P + tl.arange(0, BLOCK_P)
     n = tl.arange(0, W)
     CUT_P: tl.constexpr = HEAD_DIM % BLOCK_P != 0
@@ -312,11 +125,12 @@ def walk(
         v = first + c
         t = start + (v - first) * Q
         in_row = t + i // RANKS < end
+        in_tokens = t + j < end
         if not TOTALS:
             to = states_ptr + (v * heads + head) * size
             store_state(to, p, p_in, Sa, Sb, Sc, CUT_P, W, V)
         at = token_ptr + (v * heads + head) * (4 * Q)
-        a, b, _gamma, delta = load_token(at, Q, RANKS)
+        a, b, _gamma, _delta = load_token(at, Q, RANKS)
         a_end = tl.load(at + 4 * Q - 4)
         if WIDE:
             b_end = tl.load(at + 4 * Q - 3)
@@ -330,36 +144,34 @@ def walk(
             whole = exp2(a_end, FAST)
             weight = exp2(a, FAST) if REVERSE else exp2(a_end - b, FAST)
         if REVERSE:
-            is_real = in_row
+            is_real = in_tokens
             if mask_ptr is not None:
-                at_mask = mask_ptr + batch * mask_sb + (t + i // RANKS) * mask_st
-                is_real = in_row & (tl.load(at_mask, mask=in_row, other=0) != 0)
+                at_mask = mask_ptr + batch * mask_sb + (t + j) * mask_st
+                is_real = in_tokens & (tl.load(at_mask, mask=in_tokens, other=0) != 0)
             z_base = z_ptr
             if z_ptr is not None:
                 z_base = z_ptr + batch * z_sb + head * z_sh + t * z_st
             u = load_gradients(
                 dy_ptr + batch * dy_sb + head * dy_sh + t * dy_st, dy_st, dy_sr, z_base, z_st,
-                mz_ptr, mo_ptr, head, i, p, is_real, ranks, MASKED, RANKS, PER_RANK, CUT_P,
+                mz_ptr, mo_ptr, head, j, p, is_real, ranks, MASKED, RANKS, PER_RANK, CUT_P,
                 HEAD_DIM, FAST,
             )  # fmt: skip
         else:
             u = load_inputs(
-                x_ptr + batch * x_sb + head * x_sh + t * x_st, x_st, mx_ptr, head, i, p, in_row,
+                x_ptr + batch * x_sb + head * x_sh + t * x_st, x_st, mx_ptr, head, j, p, in_tokens,
                 ranks, RAGGED, RANKS, CUT_P, HEAD_DIM,
             )  # fmt: skip
         u = tl.trans((u.to(tl.float32) * weight[:, None]).to(dot_type))
         cos, sin = 1.0, 0.0
         if ROPE:
-            entry = tl.load(phase_ptr + (v * heads + head) * W + n)
-            cos, sin = rotation(turns_ptr + (batch * length + t) * W, entry, delta, i, n, in_row,
-                                RAGGED, RANKS, FAST, W)  # fmt: skip
+            cos, sin = rotation(angle_ptr + (v * heads + head) * (Q * W), i, RANKS, FAST, W)
         k_at = k_base + t * (RANKS * PITCH)
-        ka, kb = load_rotated(k_at, head_bias, cos, sin, i, in_row, dot_type, RAGGED, RANKS, ROPE,
-                              W, PITCH)  # fmt: skip
+        ka, kb = load_rotated(k_at, head_bias, cos, sin, i, in_row, dot_type, RAGGED, FAST, RANKS,
+                              ROPE, W, PITCH)  # fmt: skip
         Sa = Sa * whole + tl.dot(u, ka, input_precision=PRECISION)
         Sb = Sb * whole + tl.dot(u, kb, input_precision=PRECISION)
         if V > 0:
-            kc = load_rest(k_at, head_bias, i, in_row, dot_type, RAGGED, RANKS, W, V, PITCH)
+            kc = load_rest(k_at, head_bias, i, in_row, dot_type, RAGGED, FAST, RANKS, W, V, PITCH)
             Sc = Sc * whole + tl.dot(u, kc, input_precision=PRECISION)
         carry *= whole
     if TOTALS:
@@ -374,7 +186,7 @@ def walk(
 @triton.jit
 def mamba3_states_kernel(
     x_ptr, mx_ptr, B_ptr, B_bias_ptr, dy_ptr, C_ptr, C_bias_ptr, z_ptr, mz_ptr, mo_ptr, mask_ptr,
-    token_ptr, scale_ptr, turns_ptr, phase_ptr,
+    token_ptr, scale_ptr, angle_ptr,
     states_ptr, dstates_ptr, initial_ptr, dfinal_ptr, dinitial_ptr,
     totals_ptr, carry_ptr, dtotals_ptr, dcarry_ptr, cu_ptr, first_ptr,
     x_sb, x_st, x_sh, dy_sb, dy_st, dy_sr, dy_sh, z_sb, z_st, z_sh, mask_sb, mask_st,
@@ -404,7 +216,7 @@ def mamba3_states_kernel(
     if pid < rows:
         walk(
             x_ptr, mx_ptr, None, None, None, None, B_ptr, B_bias_ptr, None, token_ptr, scale_ptr,
-            turns_ptr, phase_ptr, states_ptr, initial_ptr, None, totals_ptr, carry_ptr,
+            angle_ptr, states_ptr, initial_ptr, None, totals_ptr, carry_ptr,
             cu_ptr, first_ptr, row, segment, head, p_block,
             x_sb, x_st, x_sh, 0, 0, 0, 0, 0, 0, 0, 0, 0, rows, length, heads, groups, ranks,
             HEAD_DIM, RAGGED, PER_RANK, ROPE, False, TOTALS, SEGMENTS, VARLEN, WIDE, PRECISION,
@@ -413,7 +225,7 @@ def mamba3_states_kernel(
     elif dy_ptr is not None:
         walk(
             None, None, dy_ptr, z_ptr, mz_ptr, mo_ptr, C_ptr, C_bias_ptr, mask_ptr, token_ptr,
-            scale_ptr, turns_ptr, phase_ptr, dstates_ptr, dfinal_ptr, dinitial_ptr, dtotals_ptr,
+            scale_ptr, angle_ptr, dstates_ptr, dfinal_ptr, dinitial_ptr, dtotals_ptr,
             dcarry_ptr, cu_ptr, first_ptr, row, segment, head, p_block,
             0, 0, 0, dy_sb, dy_st, dy_sr, dy_sh, z_sb, z_st, z_sh, mask_sb, mask_st,
             rows, length, heads, groups, ranks,
@@ -425,7 +237,7 @@ def mamba3_states_kernel(
 @triton.jit
 def mamba3_fwd_kernel(
     x_ptr, mx_ptr, B_ptr, B_bias_ptr, C_ptr, C_bias_ptr, D_ptr, z_ptr, mz_ptr, mo_ptr, mask_ptr,
-    token_ptr, scale_ptr, turns_ptr, phase_ptr, initial_ptr, totals_ptr, carry_ptr,
+    token_ptr, scale_ptr, angle_ptr, initial_ptr, totals_ptr, carry_ptr,
     y_ptr, final_ptr, cu_ptr, first_ptr,
     x_sb, x_st, x_sh, z_sb, z_st, z_sh, mask_sb, mask_st,
     rows, length, heads: tl.constexpr, groups, ranks,
@@ -456,6 +268,7 @@ def mamba3_fwd_kernel(
 
     i = tl.arange(0, ROWS)
     of_token = i // RANKS
+    j = tl.arange(0, Q)
     p = p_block * BLOCK_P + tl.arange(0, BLOCK_P)
     n = tl.arange(0, W)
     CUT_P: tl.constexpr = HEAD_DIM % BLOCK_P != 0
@@ -495,26 +308,25 @@ def mamba3_fwd_kernel(
         v = first + c
         t = start + (v - first) * Q
         in_row = t + of_token < end
+        in_tokens = t + j < end
         at = token_ptr + (v * heads + head) * (4 * Q)
-        a, b, gamma, delta = load_token(at, Q, RANKS)
+        a, b, gamma, _delta = load_token(at, Q, RANKS)
         cos, sin = 1.0, 0.0
         if ROPE:
-            entry = tl.load(phase_ptr + (v * heads + head) * W + n)
-            cos, sin = rotation(turns_ptr + (batch * length + t) * W, entry, delta, i, n, in_row,
-                                RAGGED, RANKS, FAST, W)  # fmt: skip
+            cos, sin = rotation(angle_ptr + (v * heads + head) * (Q * W), i, RANKS, FAST, W)
         at_rows = t * (RANKS * PITCH)
         ka, kb = load_rotated(B_base + at_rows, B_bias, cos, sin, i, in_row, dot_type, RAGGED,
-                              RANKS, ROPE, W, PITCH)  # fmt: skip
+                              FAST, RANKS, ROPE, W, PITCH)  # fmt: skip
         qa, qb = load_rotated(C_base + at_rows, C_bias, cos, sin, i, in_row, dot_type, RAGGED,
-                              RANKS, ROPE, W, PITCH)  # fmt: skip
+                              FAST, RANKS, ROPE, W, PITCH)  # fmt: skip
         kc, qc = None, None
         if V > 0:
-            kc = load_rest(B_base + at_rows, B_bias, i, in_row, dot_type, RAGGED, RANKS, W, V,
+            kc = load_rest(B_base + at_rows, B_bias, i, in_row, dot_type, RAGGED, FAST, RANKS, W, V,
                            PITCH)  # fmt: skip
-            qc = load_rest(C_base + at_rows, C_bias, i, in_row, dot_type, RAGGED, RANKS, W, V,
+            qc = load_rest(C_base + at_rows, C_bias, i, in_row, dot_type, RAGGED, FAST, RANKS, W, V,
                            PITCH)  # fmt: skip
-        x = load_inputs(x_base + t * x_st, x_st, mx_ptr, head, i, p, in_row, ranks, RAGGED, RANKS,
-                        CUT_P, HEAD_DIM)  # fmt: skip
+        x = load_inputs(x_base + t * x_st, x_st, mx_ptr, head, j, p, in_tokens, ranks, RAGGED,
+                        RANKS, CUT_P, HEAD_DIM)  # fmt: skip
 
         # Token s reaches t > s with exp2(a_t - a_s) s_s, and itself with gamma; row (t, r) is
         # reached by D besides.
@@ -555,8 +367,8 @@ def mamba3_fwd_kernel(
             y = tl.where(is_real[:, None], y, 0.0)
         if z_ptr is not None:
             at_z = z_ptr + batch * z_sb + head * z_sh + t * z_st
-            _z, u, sigmoid = gates(at_z, z_st, mz_ptr, head, i, p, in_row, ranks, RAGGED, RANKS,
-                                   CUT_P, HEAD_DIM, FAST)  # fmt: skip
+            _z, u, sigmoid = gates(at_z, z_st, mz_ptr, head, j, p, in_tokens, ranks, RAGGED,
+                                   RANKS, CUT_P, HEAD_DIM, FAST)  # fmt: skip
             y *= u * sigmoid
         if PER_RANK:
             at_y = y_ptr + ((batch * length + t) * ranks * heads + head) * HEAD_DIM
@@ -568,10 +380,9 @@ def mamba3_fwd_kernel(
         else:
             at_y = y_ptr + ((batch * length + t) * heads + head) * HEAD_DIM
             if mo_ptr is not None:
-                y *= load_factor(mo_ptr, head, i, p, ranks, RANKS, CUT_P, HEAD_DIM)
+                y *= load_factor(mo_ptr, head, p, ranks, Q, RANKS, HEAD_DIM)
             if RANKS > 1:
                 y = tl.sum(tl.reshape(y, (Q, RANKS, BLOCK_P)), axis=1)
-            j = tl.arange(0, Q)
-            store_tile(at_y, heads * HEAD_DIM, j, p, t + j < end, y, RAGGED, CUT_P, HEAD_DIM)
+            store_tile(at_y, heads * HEAD_DIM, j, p, in_tokens, y, RAGGED, CUT_P, HEAD_DIM)
     if segment == SEGMENTS - 1:
         store_state(final_ptr + (row * heads + head) * size, p, p_in, Sa, Sb, Sc, CUT_P, W, V)

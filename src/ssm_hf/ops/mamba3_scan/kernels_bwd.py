@@ -1,4 +1,4 @@
-"""Triton kernel of Mamba-3's scan: gradients of B, C and angles of one chunk, over its heads.
+"""Triton kernel of Mamba-3's scan with one rank: gradients of B, C and angles of a chunk.
 
 What pairs of rows have to do with one another is found by `mamba3_pairs_kernel` before.
 """
@@ -6,15 +6,6 @@ What pairs of rows have to do with one another is found by `mamba3_pairs_kernel`
 import triton
 import triton.language as tl
 
-from ssm_hf.ops.mamba3_scan.kernels import (
-    exp2,
-    load_gradients,
-    load_inputs,
-    load_rest,
-    load_rotated,
-    load_token,
-    rotation,
-)
 from ssm_hf.ops.mamba3_scan.kernels_pairs import (
     load_state,
     of_tokens,
@@ -23,6 +14,15 @@ from ssm_hf.ops.mamba3_scan.kernels_pairs import (
     prefetch_tokens,
     store_ranks,
     turning,
+)
+from ssm_hf.ops.mamba3_scan.kernels_tiles import (
+    exp2,
+    load_gradients,
+    load_inputs,
+    load_rest,
+    load_rotated,
+    load_token,
+    rotation,
 )
 from ssm_hf.ops.ssd.kernels import load_tile, place_of_chunk, store_tile
 
@@ -89,21 +89,22 @@ def weights_of_rows(
 
 @triton.jit
 def load_outputs(
-    x_ptr, mx_ptr, dy_ptr, z_ptr, mz_ptr, mo_ptr, batch, token, head, i, p, in_row, is_real, ranks,
-    x_sb, x_st, x_sh, z_sb, z_st, z_sh, dy_sb, dy_st, dy_sr, dy_sh,
+    x_ptr, mx_ptr, dy_ptr, z_ptr, mz_ptr, mo_ptr, batch, token, head, j, p, in_tokens, is_real,
+    ranks, x_sb, x_st, x_sh, z_sb, z_st, z_sh, dy_sb, dy_st, dy_sr, dy_sh,
     EXIT: tl.constexpr, RAGGED: tl.constexpr, MASKED: tl.constexpr, PER_RANK: tl.constexpr,
     RANKS: tl.constexpr, CUT_P: tl.constexpr, HEAD_DIM: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Rows of x (EXIT), or of the gradient of y."""
     if EXIT:
         at = x_ptr + batch * x_sb + head * x_sh + token * x_st
-        u = load_inputs(at, x_st, mx_ptr, head, i, p, in_row, ranks, RAGGED, RANKS, CUT_P, HEAD_DIM)
+        u = load_inputs(at, x_st, mx_ptr, head, j, p, in_tokens, ranks, RAGGED, RANKS, CUT_P,
+                        HEAD_DIM)  # fmt: skip
     else:
         at = dy_ptr + batch * dy_sb + head * dy_sh + token * dy_st
         z_base = z_ptr
         if z_ptr is not None:
             z_base = z_ptr + batch * z_sb + head * z_sh + token * z_st
-        u = load_gradients(at, dy_st, dy_sr, z_base, z_st, mz_ptr, mo_ptr, head, i, p, is_real,
+        u = load_gradients(at, dy_st, dy_sr, z_base, z_st, mz_ptr, mo_ptr, head, j, p, is_real,
                            ranks, MASKED, RANKS, PER_RANK, CUT_P, HEAD_DIM, FAST)  # fmt: skip
     return u
 
@@ -111,7 +112,7 @@ def load_outputs(
 @triton.jit
 def of_pairs(
     x_ptr, mx_ptr, dy_ptr, z_ptr, mz_ptr, mo_ptr, own_base, own_bias_ptr, other_base,
-    other_bias_ptr, token_ptr, scale_ptr, turns_base, phase_ptr, states_ptr, pairs_ptr, turn_ptr,
+    other_bias_ptr, token_ptr, scale_ptr, turns_base, angle_ptr, states_ptr, pairs_ptr, turn_ptr,
     extra_ptr, last_ptr, d_base, dbias_ptr, ddelta_ptr, dturns_base, dphase_ptr,
     batch, token, end, is_first, row, in_row, is_real, v, head_0,
     x_sb, x_st, x_sh, z_sb, z_st, z_sh, dy_sb, dy_st, dy_sr, dy_sh,
@@ -129,6 +130,7 @@ def of_pairs(
     CUT_P: tl.constexpr = HEAD_DIM % BLOCK_P != 0
     i = tl.arange(0, ROWS)
     j = tl.arange(0, Q)
+    in_tokens = token + j < end
     n = tl.arange(0, W)
     total_a = tl.zeros((ROWS, W), dtype=tl.float32)
     total_b = tl.zeros((ROWS, W), dtype=tl.float32)
@@ -153,8 +155,7 @@ def of_pairs(
                                         RANKS)  # fmt: skip
         cos, sin = 1.0, 0.0
         if ROPE:
-            entry = tl.load(phase_ptr + here * W + n)
-            cos, sin = rotation(turns_base, entry, delta, i, n, in_row, RAGGED, RANKS, FAST, W)
+            cos, sin = rotation(angle_ptr + here * (Q * W), i, RANKS, FAST, W)
         own_bias, other_bias = own_bias_ptr, other_bias_ptr
         if own_bias_ptr is not None:
             own_bias = own_bias_ptr + head * (RANKS * PITCH)
@@ -164,7 +165,7 @@ def of_pairs(
         for p_block in tl.static_range(P_BLOCKS):
             p = p_block * BLOCK_P + tl.arange(0, BLOCK_P)
             u = load_outputs(
-                x_ptr, mx_ptr, dy_ptr, z_ptr, mz_ptr, mo_ptr, batch, token, head, i, p, in_row,
+                x_ptr, mx_ptr, dy_ptr, z_ptr, mz_ptr, mo_ptr, batch, token, head, j, p, in_tokens,
                 is_real, ranks, x_sb, x_st, x_sh, z_sb, z_st, z_sh, dy_sb, dy_st, dy_sr, dy_sh,
                 EXIT, RAGGED, MASKED, PER_RANK, RANKS, CUT_P, HEAD_DIM, FAST,
             )  # fmt: skip
@@ -179,12 +180,12 @@ def of_pairs(
         d_b *= weight[:, None]
         if ROPE:
             own_a, own_b = load_rotated(own_base, own_bias, cos, sin, i, in_row, dot_type, RAGGED,
-                                        RANKS, ROPE, W, PITCH)  # fmt: skip
+                                        FAST, RANKS, ROPE, W, PITCH)  # fmt: skip
             # All later tokens together turn against the state that enters, and what a token
             # leaves does not turn with them.
             against = turning(own_a, own_b, d_a, d_b) if EXIT else tl.load(turn_ptr + here * W + n)
         other_a, other_b = load_rotated(other_base, other_bias, cos, sin, i, in_row, dot_type,
-                                        RAGGED, RANKS, ROPE, W, PITCH)  # fmt: skip
+                                        RAGGED, FAST, RANKS, ROPE, W, PITCH)  # fmt: skip
         pairs = load_tile(pairs_ptr + here * (ROWS * ROWS), ROWS, i, i, in_row, False, False, ROWS)
         if not EXIT:
             pairs = tl.trans(pairs)
@@ -216,7 +217,7 @@ def of_pairs(
     store_tile(d_base, PITCH, i, n, in_row, total_a, RAGGED, False, W)
     store_tile(d_base + W, PITCH, i, n, in_row, total_b, RAGGED, False, W)
     if ROPE:
-        store_turns(dturns_base, dturns, n, j, token + j < end, RAGGED, Q, RANKS, W)
+        store_turns(dturns_base, dturns, n, j, in_tokens, RAGGED, Q, RANKS, W)
 
 
 @triton.jit
@@ -235,6 +236,8 @@ def rest_of_head(
     PITCH: tl.constexpr = 2 * W + V
     CUT_P: tl.constexpr = HEAD_DIM % BLOCK_P != 0
     n = tl.arange(0, V)
+    j = tl.arange(0, Q)
+    in_tokens = token + j < end
     _delta, weight = weights_of_rows(token_ptr, scale_ptr, here, i, EXIT, WIDE, FAST, Q,
                                         RANKS)  # fmt: skip
     bias = other_bias_ptr
@@ -244,7 +247,7 @@ def rest_of_head(
     for p_block in tl.static_range(P_BLOCKS):
         p = p_block * BLOCK_P + tl.arange(0, BLOCK_P)
         u = load_outputs(
-            x_ptr, mx_ptr, dy_ptr, z_ptr, mz_ptr, mo_ptr, batch, token, head, i, p, in_row,
+            x_ptr, mx_ptr, dy_ptr, z_ptr, mz_ptr, mo_ptr, batch, token, head, j, p, in_tokens,
             is_real, ranks, x_sb, x_st, x_sh, z_sb, z_st, z_sh, dy_sb, dy_st, dy_sr, dy_sh,
             EXIT, RAGGED, MASKED, PER_RANK, RANKS, CUT_P, HEAD_DIM, FAST,
         )  # fmt: skip
@@ -253,7 +256,7 @@ def rest_of_head(
         S = load_state(at_S, p, p_in, dot_type, RAGGED or CUT_P, V, PITCH)
         d = tl.dot(u.to(dot_type), S, d, input_precision=PRECISION)
     d *= weight[:, None]
-    other = load_rest(other_base, bias, i, in_row, dot_type, RAGGED, RANKS, W, V, PITCH)
+    other = load_rest(other_base, bias, i, in_row, dot_type, RAGGED, FAST, RANKS, W, V, PITCH)
     if EXIT:
         d = tl.dot(pairs, other, d, input_precision=PRECISION)
     else:
@@ -313,7 +316,7 @@ def of_rest(
 @triton.jit
 def mamba3_bwd_kernel(
     x_ptr, mx_ptr, B_ptr, B_bias_ptr, C_ptr, C_bias_ptr, z_ptr, mz_ptr, mo_ptr, mask_ptr,
-    dy_ptr, token_ptr, scale_ptr, turns_ptr, phase_ptr, states_ptr, dstates_ptr, pairs_ptr,
+    dy_ptr, token_ptr, scale_ptr, turns_ptr, angle_ptr, states_ptr, dstates_ptr, pairs_ptr,
     turn_ptr, extra_ptr, last_ptr, dB_ptr, dB_bias_ptr, dC_ptr, dC_bias_ptr, grad_ptr, dturns_ptr,
     dphase_ptr, cu_ptr, first_ptr, row_ptr,
     x_sb, x_st, x_sh, z_sb, z_st, z_sh, mask_sb, mask_st, dy_sb, dy_st, dy_sr, dy_sh,
@@ -352,10 +355,11 @@ def mamba3_bwd_kernel(
     v = v.to(tl.int64)
     i = tl.arange(0, ROWS)
     in_row = token + i // RANKS < end
-    is_real = in_row
+    j = tl.arange(0, Q)
+    is_real = token + j < end
     if mask_ptr is not None:
-        at_mask = mask_ptr + batch * mask_sb + (token + i // RANKS) * mask_st
-        is_real = in_row & (tl.load(at_mask, mask=in_row, other=0) != 0)
+        at_mask = mask_ptr + batch * mask_sb + (token + j) * mask_st
+        is_real = is_real & (tl.load(at_mask, mask=is_real, other=0) != 0)
     head_0 = group * (HEADS * HEAD_BLOCKS) + block * HEADS
     at_rows = ((batch * groups + group) * length + token) * (RANKS * PITCH)
     at_turns = (batch * length + token) * W
@@ -371,7 +375,7 @@ def mamba3_bwd_kernel(
     if role == 0:
         of_pairs(
             x_ptr, mx_ptr, None, None, None, None, B_base, B_bias_ptr, C_base, C_bias_ptr,
-            token_ptr, scale_ptr, turns_base, phase_ptr, dstates_ptr, pairs_ptr, turn_ptr,
+            token_ptr, scale_ptr, turns_base, angle_ptr, dstates_ptr, pairs_ptr, turn_ptr,
             None, None, dB_base, dB_bias_ptr, grad_ptr + 4 * plane, dturns_base, dphase_ptr,
             batch, token, end, is_first, row, in_row, is_real, v, head_0,
             x_sb, x_st, x_sh, z_sb, z_st, z_sh, dy_sb, dy_st, dy_sr, dy_sh, length, heads, ranks,
@@ -381,7 +385,7 @@ def mamba3_bwd_kernel(
     elif role == 1:
         of_pairs(
             None, None, dy_ptr, z_ptr, mz_ptr, mo_ptr, C_base, C_bias_ptr, B_base, B_bias_ptr,
-            token_ptr, scale_ptr, turns_base, phase_ptr, states_ptr, pairs_ptr, turn_ptr,
+            token_ptr, scale_ptr, turns_base, angle_ptr, states_ptr, pairs_ptr, turn_ptr,
             extra_ptr, last_ptr, dC_base, dC_bias_ptr, grad_ptr + 5 * plane, dturns_base,
             dphase_ptr, batch, token, end, is_first, row, in_row, is_real, v, head_0,
             x_sb, x_st, x_sh, z_sb, z_st, z_sh, dy_sb, dy_st, dy_sr, dy_sh, length, heads, ranks,

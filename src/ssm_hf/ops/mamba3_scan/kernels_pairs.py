@@ -1,9 +1,9 @@
-"""Triton kernel of Mamba-3's scan: gradients of one chunk and head, but for those of B and C."""
+"""Triton kernel of Mamba-3's scan with one rank: what pairs of rows of a chunk and head give."""
 
 import triton
 import triton.language as tl
 
-from ssm_hf.ops.mamba3_scan.kernels import (
+from ssm_hf.ops.mamba3_scan.kernels_tiles import (
     exp2,
     gates,
     load_factor,
@@ -14,6 +14,7 @@ from ssm_hf.ops.mamba3_scan.kernels import (
     load_token,
     products,
     rotation,
+    to_rows,
 )
 from ssm_hf.ops.ssd.kernels import load_tile, place_of_chunk, store_tile
 
@@ -101,7 +102,7 @@ def turning(a, b, d_a, d_b):
 @triton.jit
 def mamba3_pairs_kernel(
     x_ptr, mx_ptr, B_ptr, B_bias_ptr, C_ptr, C_bias_ptr, D_ptr, z_ptr, mz_ptr, mo_ptr, mask_ptr,
-    dy_ptr, token_ptr, scale_ptr, turns_ptr, phase_ptr, states_ptr, dstates_ptr,
+    dy_ptr, token_ptr, scale_ptr, angle_ptr, states_ptr, dstates_ptr,
     dx_ptr, dmx_ptr, dD_ptr, dz_ptr, dmz_ptr, dmo_ptr, grad_ptr, pairs_ptr, turn_ptr,
     cu_ptr, first_ptr, row_ptr,
     x_sb, x_st, x_sh, z_sb, z_st, z_sh, mask_sb, mask_st, dy_sb, dy_st, dy_sr, dy_sh,
@@ -142,18 +143,16 @@ def mamba3_pairs_kernel(
         prefetch_tokens(dy_ptr, batch, head, token, end, dy_sb, dy_st, dy_sh, True, HEAD_DIM, Q)
         prefetch_state(dstates_ptr, here, token < end, 0, PITCH, HEAD_DIM, PITCH, BLOCK_P, P_BLOCKS)
         prefetch_state(states_ptr, here, token < end, 0, PITCH, HEAD_DIM, PITCH, BLOCK_P, P_BLOCKS)
-    is_real = in_row
+    is_real = in_tokens
     if mask_ptr is not None:
-        at_mask = mask_ptr + batch * mask_sb + (token + of_token) * mask_st
-        is_real = in_row & (tl.load(at_mask, mask=in_row, other=0) != 0)
+        at_mask = mask_ptr + batch * mask_sb + (token + j) * mask_st
+        is_real = in_tokens & (tl.load(at_mask, mask=in_tokens, other=0) != 0)
 
     at = token_ptr + here * (4 * Q)
-    a, b, gamma, delta = load_token(at, Q, RANKS)
+    a, b, gamma, _delta = load_token(at, Q, RANKS)
     cos, sin = 1.0, 0.0
     if ROPE:
-        entry = tl.load(phase_ptr + here * W + n)
-        cos, sin = rotation(turns_ptr + (batch * length + token) * W, entry, delta, i, n, in_row,
-                            RAGGED, RANKS, FAST, W)  # fmt: skip
+        cos, sin = rotation(angle_ptr + here * (Q * W), i, RANKS, FAST, W)
     B_bias, C_bias = B_bias_ptr, C_bias_ptr
     if B_bias_ptr is not None:
         B_bias = B_bias_ptr + head * (RANKS * PITCH)
@@ -161,14 +160,16 @@ def mamba3_pairs_kernel(
         C_bias = C_bias_ptr + head * (RANKS * PITCH)
     group = head // (heads // groups)
     at_rows = ((batch * groups + group) * length + token) * (RANKS * PITCH)
-    ka, kb = load_rotated(B_ptr + at_rows, B_bias, cos, sin, i, in_row, dot_type, RAGGED, RANKS,
-                          ROPE, W, PITCH)  # fmt: skip
-    qa, qb = load_rotated(C_ptr + at_rows, C_bias, cos, sin, i, in_row, dot_type, RAGGED, RANKS,
-                          ROPE, W, PITCH)  # fmt: skip
+    ka, kb = load_rotated(B_ptr + at_rows, B_bias, cos, sin, i, in_row, dot_type, RAGGED, FAST,
+                          RANKS, ROPE, W, PITCH)  # fmt: skip
+    qa, qb = load_rotated(C_ptr + at_rows, C_bias, cos, sin, i, in_row, dot_type, RAGGED, FAST,
+                          RANKS, ROPE, W, PITCH)  # fmt: skip
     kc, qc = None, None
     if V > 0:
-        kc = load_rest(B_ptr + at_rows, B_bias, i, in_row, dot_type, RAGGED, RANKS, W, V, PITCH)
-        qc = load_rest(C_ptr + at_rows, C_bias, i, in_row, dot_type, RAGGED, RANKS, W, V, PITCH)
+        kc = load_rest(B_ptr + at_rows, B_bias, i, in_row, dot_type, RAGGED, FAST, RANKS, W, V,
+                       PITCH)  # fmt: skip
+        qc = load_rest(C_ptr + at_rows, C_bias, i, in_row, dot_type, RAGGED, FAST, RANKS, W, V,
+                       PITCH)  # fmt: skip
 
     # Tiles of pairs of rows are [s, t], s <= t.
     at_x = x_ptr + batch * x_sb + head * x_sh + token * x_st
@@ -179,10 +180,10 @@ def mamba3_pairs_kernel(
     xdy = tl.zeros((ROWS, ROWS), dtype=tl.float32)
     for p_block in tl.static_range(P_BLOCKS):
         p = p_block * BLOCK_P + tl.arange(0, BLOCK_P)
-        x = load_inputs(at_x, x_st, mx_ptr, head, i, p, in_row, ranks, RAGGED, RANKS, CUT_P,
+        x = load_inputs(at_x, x_st, mx_ptr, head, j, p, in_tokens, ranks, RAGGED, RANKS, CUT_P,
                         HEAD_DIM).to(dot_type)  # fmt: skip
         dy = load_gradients(
-            at_dy, dy_st, dy_sr, z_base, z_st, mz_ptr, mo_ptr, head, i, p, is_real, ranks, MASKED,
+            at_dy, dy_st, dy_sr, z_base, z_st, mz_ptr, mo_ptr, head, j, p, is_real, ranks, MASKED,
             RANKS, PER_RANK, CUT_P, HEAD_DIM, FAST,
         ).to(dot_type)  # fmt: skip
         xdy = tl.dot(x, tl.trans(dy), xdy, input_precision=PRECISION)
@@ -235,10 +236,10 @@ def mamba3_pairs_kernel(
     for p_block in tl.static_range(P_BLOCKS):
         p = p_block * BLOCK_P + tl.arange(0, BLOCK_P)
         if P_BLOCKS > 1:
-            x = load_inputs(at_x, x_st, mx_ptr, head, i, p, in_row, ranks, RAGGED, RANKS, CUT_P,
+            x = load_inputs(at_x, x_st, mx_ptr, head, j, p, in_tokens, ranks, RAGGED, RANKS, CUT_P,
                             HEAD_DIM).to(dot_type)  # fmt: skip
             dy = load_gradients(
-                at_dy, dy_st, dy_sr, z_base, z_st, mz_ptr, mo_ptr, head, i, p, is_real, ranks,
+                at_dy, dy_st, dy_sr, z_base, z_st, mz_ptr, mo_ptr, head, j, p, is_real, ranks,
                 MASKED, RANKS, PER_RANK, CUT_P, HEAD_DIM, FAST,
             ).to(dot_type)  # fmt: skip
         # Empty chunks (VARLEN) have no states; RAGGED covers them.
@@ -260,11 +261,11 @@ def mamba3_pairs_kernel(
         dx *= scale[:, None]
         dx = tl.dot(scores, dy, dx, input_precision=PRECISION)
         if mx_ptr is not None:
-            raw = load_tile(at_x, x_st, of_token, p, in_row, RAGGED, CUT_P, HEAD_DIM)
+            raw = load_tile(at_x, x_st, j, p, in_tokens, RAGGED, CUT_P, HEAD_DIM).to(tl.float32)
             to = dmx_ptr + here * ranks * HEAD_DIM
-            store_ranks(to, HEAD_DIM, dx * raw.to(tl.float32), p, p < HEAD_DIM, ranks, Q, RANKS,
+            store_ranks(to, HEAD_DIM, dx * to_rows(raw, RANKS), p, p < HEAD_DIM, ranks, Q, RANKS,
                         BLOCK_P)  # fmt: skip
-            dx *= load_factor(mx_ptr, head, i, p, ranks, RANKS, CUT_P, HEAD_DIM)
+            dx *= load_factor(mx_ptr, head, p, ranks, Q, RANKS, HEAD_DIM)
         if RANKS > 1:
             dx = tl.sum(tl.reshape(dx, (Q, RANKS, BLOCK_P)), axis=1)
         to_row = ((batch * length + token) * heads + head) * HEAD_DIM
@@ -273,13 +274,13 @@ def mamba3_pairs_kernel(
         y = products(qa, qb, qc, Sa, Sb, Sc, dot_type, PRECISION) * from_entry[:, None]
         if NEEDS_Y:
             # The gradient of y again, in the layout of products: Triton would form it a third time.
-            dout = load_tile(at_dy, dy_st, of_token, p, is_real, MASKED, CUT_P, HEAD_DIM)
-            dout = dout.to(tl.float32)
+            dout = load_tile(at_dy, dy_st, j, p, is_real, MASKED, CUT_P, HEAD_DIM).to(tl.float32)
+            dout = to_rows(dout, RANKS)
             dy_again = dout
             if mo_ptr is not None:
-                dy_again *= load_factor(mo_ptr, head, i, p, ranks, RANKS, CUT_P, HEAD_DIM)
+                dy_again *= load_factor(mo_ptr, head, p, ranks, Q, RANKS, HEAD_DIM)
             if z_ptr is not None:
-                z, u, share = gates(z_base, z_st, mz_ptr, head, i, p, in_row, ranks, RAGGED,
+                z, u, share = gates(z_base, z_st, mz_ptr, head, j, p, in_tokens, ranks, RAGGED,
                                     RANKS, CUT_P, HEAD_DIM, FAST)  # fmt: skip
                 dz_factor = dy_again * (share * (1.0 + u * (1.0 - share)))
                 dy_again *= u * share
@@ -292,7 +293,7 @@ def mamba3_pairs_kernel(
                 if mz_ptr is not None:
                     to = dmz_ptr + here * ranks * HEAD_DIM
                     store_ranks(to, HEAD_DIM, du * z, p, p < HEAD_DIM, ranks, Q, RANKS, BLOCK_P)
-                    du *= load_factor(mz_ptr, head, i, p, ranks, RANKS, CUT_P, HEAD_DIM)
+                    du *= load_factor(mz_ptr, head, p, ranks, Q, RANKS, HEAD_DIM)
                 if RANKS > 1:
                     du = tl.sum(tl.reshape(du, (Q, RANKS, BLOCK_P)), axis=1)
                 store_tile(dz_ptr + to_row, heads * HEAD_DIM, j, p, in_tokens, du, RAGGED, CUT_P,

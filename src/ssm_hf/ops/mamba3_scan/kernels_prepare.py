@@ -294,3 +294,31 @@ def mamba3_phase_kernel(
         total += tl.sum(turns, axis=0)
         total -= tl.floor(total)
     tl.store(final_ptr + row * columns + c, total, mask=c_in)
+
+
+@triton.jit
+def mamba3_angles_kernel(
+    token_ptr, turns_ptr, phase_ptr, angle_ptr, cu_ptr, first_ptr, row_ptr, rows, length, heads,
+    VARLEN: tl.constexpr, Q: tl.constexpr, W: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Angles (chunks, H, Q, W) of all tokens, in turns from -1/2 to 1/2, or in int16 as multiples
+    of 2^-16 turn: far below what turned numbers are rounded to.
+    """
+    blocks = tl.cdiv(heads, BLOCK_H)
+    v = tl.program_id(0) // blocks
+    batch, token, end = place_of_chunk(v, rows, length, cu_ptr, first_ptr, row_ptr, VARLEN, Q)
+    h = (tl.program_id(0) % blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
+    h_in = h < heads
+    n = tl.arange(0, W)
+    here = v.to(tl.int64) * heads + h
+    total = tl.load(phase_ptr + here[:, None] * W + n[None, :], mask=h_in[:, None], other=0.0)
+    at_turns = turns_ptr + (batch * length + token) * W + n
+    for t in range(0, Q):
+        turns = tl.load(at_turns + t * W, mask=n < tl.where(token + t < end, W, 0), other=0.0)
+        delta = tl.load(token_ptr + here * (4 * Q) + 4 * t + 3, mask=h_in, other=0.0)
+        total += delta[:, None] * turns[None, :]
+        angle = total - tl.floor(total + 0.5)
+        to = angle_ptr + (here * Q + t)[:, None] * W + n[None, :]
+        if angle_ptr.dtype.element_ty == tl.int16:
+            angle = tl.floor(angle * 65536.0 + 0.5).to(tl.int32).to(tl.int16)
+        tl.store(to, angle, mask=h_in[:, None])

@@ -16,13 +16,13 @@ def mamba3_prepare_bwd_kernel(
     dt_sb, dt_st, dt_sh, A_sb, A_st, A_sh, trap_sb, trap_st, trap_sh,
     mask_sb, mask_st, before_sb, before_st, doc_sb, doc_st,
     rows, length, heads, plane,
-    SOFTPLUS: tl.constexpr, ROPE: tl.constexpr, VARLEN: tl.constexpr, Q: tl.constexpr,
+    SOFTPLUS: tl.constexpr, TURNS: tl.constexpr, VARLEN: tl.constexpr, Q: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Gradients of dt, A and trap (B, T, H), and each chunk's share of d dt_bias (chunks, H).
 
     grad (6, chunks, H, Q): of a_t; what t leaves in the state that leaves; of s_t; of gamma_t as
-    what t adds to itself; of Δ through the angles, in two parts. before (B, T): the real token
+    what t adds to itself; of Δ through the angles, in TURNS parts. before (B, T): the real token
     before each, -1 for none (with a mask).
     """
     blocks = tl.cdiv(heads, BLOCK_H)
@@ -66,9 +66,8 @@ def mamba3_prepare_bwd_kernel(
     dexponent = tl.cumsum(da, axis=0, reverse=True) + (tl.cumsum(left, axis=0) - left)
     dexponent = tl.where((exponent > LOWEST) & inside, dexponent, 0.0)
     ddelta = A * dexponent + share * dgamma
-    if ROPE:
-        ddelta += tl.load(grad_ptr + 4 * plane + at, mask=inside, other=0.0)
-        ddelta += tl.load(grad_ptr + 5 * plane + at, mask=inside, other=0.0)
+    for part in tl.static_range(TURNS):
+        ddelta += tl.load(grad_ptr + (4 + part) * plane + at, mask=inside, other=0.0)
     in_row = t_in[:, None] & h_in[None, :]
     t = t.to(tl.int64)
     to = ((batch * length + t) * heads)[:, None] + h[None, :]

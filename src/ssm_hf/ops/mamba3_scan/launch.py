@@ -20,9 +20,8 @@ from ssm_hf.ops.mamba3_scan.kernels import (
     mamba3_fwd_kernel,
     mamba3_states_kernel,
 )
-from ssm_hf.ops.mamba3_scan.kernels_bwd import mamba3_bwd_kernel
-from ssm_hf.ops.mamba3_scan.kernels_pairs import mamba3_pairs_kernel
-from ssm_hf.ops.mamba3_scan.kernels_sum import mamba3_prepare_bwd_kernel, mamba3_sum_kernel
+from ssm_hf.ops.mamba3_scan.kernels_sum import mamba3_prepare_bwd_kernel
+from ssm_hf.ops.mamba3_scan.launch_grads import Found, of_one_rank, of_ranks, sum_parts
 from ssm_hf.ops.mamba3_scan.launch_parts import (
     TURN,
     Inputs,
@@ -30,6 +29,7 @@ from ssm_hf.ops.mamba3_scan.launch_parts import (
     Prepared,
     Sizes,
     describe,
+    gradient_strides,
     in_rows,
     plain,
     prepare,
@@ -45,10 +45,7 @@ from ssm_hf.ops.step_size import step_size
 # Triton's annotations do not know that plain values may stand for constants.
 _states_kernel: Any = mamba3_states_kernel
 _fwd_kernel: Any = mamba3_fwd_kernel
-_pairs_kernel: Any = mamba3_pairs_kernel
-_bwd_kernel: Any = mamba3_bwd_kernel
 _prepare_bwd_kernel: Any = mamba3_prepare_bwd_kernel
-_sum_kernel: Any = mamba3_sum_kernel
 
 LARGEST = 256
 MOST_RANKS = 8
@@ -98,22 +95,12 @@ def _states(
     state, carry, dstate, dcarry = totals or (None,) * 4
     _states_kernel[(grid,)](
         t.x, t.mimo_x, made.B, made.B_bias, dy, made.C, made.C_bias, t.z, t.mimo_z, t.mimo_o, mask,
-        made.token, made.scale, made.turns, made.phase, outputs[0], outputs[1], *entries,
+        made.token, made.scale, made.angle, outputs[0], outputs[1], *entries,
         outputs[2], state, carry, dstate, dcarry, *k.tables[:2],
-        *strides_of(t.x), *_gradient_strides(k, dy), *strides_of(t.z), *strides_of(mask, 2),
+        *strides_of(t.x), *gradient_strides(k, dy), *strides_of(t.z), *strides_of(mask, 2),
         k.rows, k.length, k.heads, k.groups, k.ranks, walked,
         TOTALS=find_totals, SEGMENTS=segments, **k.shape, **options,
     )  # fmt: skip
-
-
-def _gradient_strides(k: Sizes, dy: Tensor | None) -> tuple[int, ...]:
-    """Batch, time, rank and head of a gradient of y."""
-    if dy is None:
-        return (0,) * 4
-    if k.per_rank:
-        return dy.stride()[:4]
-    batch, time, head = dy.stride()[:3]
-    return batch, time, 0, head
 
 
 def _totals(k: Sizes, segments: int) -> tuple[Tensor, Tensor]:
@@ -192,7 +179,7 @@ def _forward(
             )  # fmt: skip
         _fwd_kernel[(programs * segments,)](
             t.x, t.mimo_x, made.B, made.B_bias, made.C, made.C_bias, t.D, t.z, t.mimo_z, t.mimo_o,
-            mask, made.token, made.scale, made.turns, made.phase, initial, totals, carry, y, final,
+            mask, made.token, made.scale, made.angle, initial, totals, carry, y, final,
             *k.tables[:2], *strides_of(t.x), *strides_of(t.z), *strides_of(mask, 2),
             k.rows, k.length, k.heads, k.groups, k.ranks,
             SEGMENTS=segments, **k.shape, **options,
@@ -294,41 +281,10 @@ def _gradients_of(
     dmimo = [None if m is None else new(*of_chunk, k.head_dim) for m in t[11:14]]
     dD = None if t.D is None else new(k.chunks, k.heads)
     grad = new(6, k.chunks, k.heads, k.chunk)
-    rows = k.chunk * k.padded
-    pairs = t.x.new_empty(k.chunks, k.heads, rows, rows, dtype=narrow)
-    turn = new(k.chunks, k.heads, k.width) if k.angles else None
-    strides = (
-        *strides_of(t.x), *strides_of(t.z), *strides_of(marks.mask, 2), *_gradient_strides(k, dy)
-    )  # fmt: skip
-    options = k.options("mamba3_pairs")
-    _pairs_kernel[(k.chunks * k.heads,)](
-        t.x, t.mimo_x, made.B, made.B_bias, made.C, made.C_bias, t.D, t.z, t.mimo_z, t.mimo_o,
-        marks.mask, dy, made.token, made.scale, made.turns, made.phase, states, dstates, dx,
-        dmimo[0], dD, dz, dmimo[1], dmimo[2], grad, pairs, turn, *k.tables, *strides,
-        k.rows, k.length, k.heads, k.groups, k.ranks, grad[0].numel(),
-        P_BLOCKS=-(-k.head_dim // options["BLOCK_P"]), PREFETCH=k.prefetch, **k.shape, **options,
-    )  # fmt: skip
-    options = k.options("mamba3_bwd")
-    heads = _heads_per_program(k, options.pop("HEADS"))
-    parts = k.heads // k.groups // heads
-    dB_parts, dC_parts = (new(parts, *made.B.shape) for _ in range(2))
-    dB_bias, dC_bias = (
-        None if b is None else new(*of_chunk, k.pitch) for b in (t.B_bias, t.C_bias)
-    )
-    dturns = dphase = None
-    if k.angles:
-        dturns = new(2 * k.groups * parts, k.batch, k.length, k.width)
-        dphase = new(2, k.rows, k.heads, k.width, zero=k.varlen)
-    _bwd_kernel[((3 if k.rest else 2) * k.chunks * k.groups * parts,)](
-        t.x, t.mimo_x, made.B, made.B_bias, made.C, made.C_bias, t.z, t.mimo_z, t.mimo_o,
-        marks.mask, dy, made.token, made.scale, made.turns, made.phase, states, dstates, pairs,
-        turn, extra, marks.last, dB_parts, dB_bias, dC_parts, dC_bias, grad, dturns, dphase,
-        *k.tables, *strides, k.rows, k.length, k.heads, k.groups, k.ranks, grad[0].numel(),
-        made.B.numel(), 0 if dturns is None else dturns[0].numel(),
-        0 if dphase is None else dphase[0].numel(), HEADS=heads, HEAD_BLOCKS=parts,
-        P_BLOCKS=-(-k.head_dim // options["BLOCK_P"]), PREFETCH=k.prefetch, **k.shape, **options,
-    )  # fmt: skip
-    del states, dstates, pairs
+    find = of_one_rank if k.padded == 1 else of_ranks
+    found = Found(dx, dz, dmimo[0], dmimo[1], dmimo[2], dD, grad)
+    sums = find(k, t, marks, made, dy, states, dstates, extra, found)
+    del states, dstates
 
     ddt, dA = (v.new_empty(v.shape) for v in (t.dt, t.A))
     dtrap = None if t.trap is None else t.trap.new_empty(t.trap.shape)
@@ -338,22 +294,10 @@ def _gradients_of(
         t.dt, t.A, t.trap, t.dt_bias, marks.mask, marks.before, marks.doc, *k.tables,
         grad, ddt, dA, dtrap, dbias, *strides_of(t.dt), *strides_of(t.A), *strides_of(t.trap),
         *strides_of(marks.mask, 2), *strides_of(marks.before, 2), *strides_of(marks.doc, 2),
-        k.rows, k.length, k.heads, grad[0].numel(), SOFTPLUS=softplus, ROPE=k.angles > 0,
+        k.rows, k.length, k.heads, grad[0].numel(), SOFTPLUS=softplus, TURNS=sums.turns,
         VARLEN=k.varlen, Q=k.chunk, **options,
     )  # fmt: skip
-    dB, dC = (v.new_empty(v.shape) for v in (t.B, t.C))
-    dangles = None if t.angles is None else t.angles.new_empty(t.angles.shape)
-    options = k.options("mamba3_sum")
-    tokens = k.batch * k.length
-    grid = -(-tokens * k.ranks * k.groups // options["ROWS"])
-    grid += -(-tokens // options["ROWS"]) if k.angles else 0
-    _sum_kernel[(grid,)](
-        dB_parts, dC_parts, dturns, made.turns, dB, dC, dangles, tokens, k.length, k.groups,
-        k.ranks, k.states, k.angles, k.pairs, k.half, made.B.numel(),
-        0 if dturns is None else dturns[0].numel(), PAIRWISE=pairwise and k.angles > 0,
-        PARTS=parts, TURNS_PARTS=2 * k.groups * parts, COLUMNS=1 << (k.states - 1).bit_length(),
-        **k.columns, **options,
-    )  # fmt: skip
+    dB, dC, dangles = sum_parts(k, t, made, sums, pairwise)
 
     def narrowed(total: Tensor | None, like: Tensor | None) -> Tensor:
         if total is None or like is None:
@@ -363,8 +307,8 @@ def _gradients_of(
     dentry = dstart = None
     if dinitial is not None and t.entry is not None:
         dentry = dinitial.index_select(-1, slots_of(k, pairwise)).to(t.entry.dtype)
-    if dphase is not None and t.phase is not None:
-        dstart = dphase.sum(0)[..., : k.angles]
+    if sums.dphase is not None and t.phase is not None:
+        dstart = sums.dphase.sum(0)[..., : k.angles]
         if marks.cu_seqlens is not None:
             # An empty document hands its angle on.
             empty = (marks.cu_seqlens.diff() == 0)[:, None, None]
@@ -372,7 +316,7 @@ def _gradients_of(
         dstart = dstart.to(t.phase.dtype)
     dB_bias, dC_bias = (
         None if b is None else b.sum(0).index_select(-1, slots_of(k, pairwise))[None]
-        for b in (dB_bias, dC_bias)
+        for b in (sums.dB_bias, sums.dC_bias)
     )
     given = (
         dx, ddt, dA, dtrap, dB, dC, dangles, narrowed(dD, t.D), dz, narrowed(dB_bias, t.B_bias),
@@ -433,15 +377,6 @@ def _states_of_chunks(
         none = (None, None, None)
         _states(k, t, made, dy, mask, segments, totals, none, (None, None), options)
     _states(k, t, made, dy, mask, segments, totals, outputs, entries, options)
-
-
-def _heads_per_program(k: Sizes, most: int) -> int:
-    """Largest number of heads that divides a group's, at most `most`, and keeps the GPU full."""
-    per_group = k.heads // k.groups
-    enough = 2 * processors(k.device)
-    fitting = [h for h in range(1, min(most, per_group) + 1) if per_group % h == 0]
-    full = [h for h in fitting if k.chunks * k.heads // h >= enough]
-    return max(full) if full else 1
 
 
 @_backward.register_fake

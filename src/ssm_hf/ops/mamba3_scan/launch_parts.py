@@ -9,11 +9,16 @@ from torch import Tensor
 
 from ssm_hf.ops import launch as common
 from ssm_hf.ops.launch import tuned
-from ssm_hf.ops.mamba3_scan.kernels_prepare import mamba3_phase_kernel, mamba3_prepare_kernel
+from ssm_hf.ops.mamba3_scan.kernels_prepare import (
+    mamba3_angles_kernel,
+    mamba3_phase_kernel,
+    mamba3_prepare_kernel,
+)
 
 # Triton's annotations do not know that plain values may stand for constants.
 _prepare_kernel: Any = mamba3_prepare_kernel
 _phase_kernel: Any = mamba3_phase_kernel
+_angles_kernel: Any = mamba3_angles_kernel
 
 # Rows (tokens times ranks) of a chunk.
 ROWS = 64
@@ -58,11 +63,16 @@ class Sizes(NamedTuple):
         return self.tables[0] is not None
 
     @property
+    def ragged(self) -> bool:
+        """Whether chunks may end behind their row."""
+        return self.varlen or self.length % self.chunk != 0
+
+    @property
     def shape(self) -> dict[str, Any]:
         """What the kernels of chunks are compiled for."""
         return {
             "HEAD_DIM": self.head_dim,
-            "RAGGED": self.varlen or self.length % self.chunk != 0,
+            "RAGGED": self.ragged,
             "PER_RANK": self.per_rank,
             "ROPE": self.angles > 0,
             "VARLEN": self.varlen,
@@ -227,6 +237,16 @@ def strides_of(x: Tensor | None, count: int = 3) -> tuple[int, ...]:
     return (0,) * count if x is None else x.stride()[:count]
 
 
+def gradient_strides(k: Sizes, dy: Tensor | None) -> tuple[int, ...]:
+    """Batch, time, rank and head of a gradient of y."""
+    if dy is None:
+        return (0,) * 4
+    if k.per_rank:
+        return dy.stride()[:4]
+    batch, time, head = dy.stride()[:3]
+    return batch, time, 0, head
+
+
 def slots_of(k: Sizes, pairwise: bool) -> Tensor:
     """Index (N,): slot of each of the caller's columns of states; see `slot_of_column`."""
     n = torch.arange(k.states, device=k.device)
@@ -249,7 +269,7 @@ class Prepared(NamedTuple):
     token: Tensor
     scale: Tensor | None
     turns: Tensor | None
-    phase: Tensor | None  # (chunks, H, W) turns at which chunks start
+    angle: Tensor | None  # (chunks, H, Q, W)
     final: Tensor | None  # (rows, H, W) ... and at which rows end
     before: Tensor | None  # (rows, H, W) ... and at which their last document starts
     B: Tensor
@@ -274,7 +294,7 @@ def prepare(k: Sizes, t: Inputs, marks: Marks, softplus: bool, pairwise: bool) -
     B_bias, C_bias = (
         None if b is None else new(k.heads, k.padded, k.pitch) for b in (t.B_bias, t.C_bias)
     )
-    turns = sums = before_sums = phase = final = before = None
+    turns = sums = before_sums = phase = angle = final = before = None
     if t.angles is not None:
         turns = new(k.batch, k.length, k.width)
         sums = new(k.chunks, k.heads, k.width)
@@ -314,7 +334,14 @@ def prepare(k: Sizes, t: Inputs, marks: Marks, softplus: bool, pairwise: bool) -
             # The row's first document starts from the row's own angle.
             assert marks.last is not None
             before = before * (marks.last > 0)[:, None, None]
-    return Prepared(token, scale, turns, phase, final, before, B, C, B_bias, C_bias, pairwise)
+        options = k.options("mamba3_angles")
+        kind = torch.float32 if k.wide else torch.int16
+        angle = t.x.new_empty(k.chunks, k.heads, k.chunk, k.width, dtype=kind)
+        _angles_kernel[(k.chunks * -(-k.heads // options["BLOCK_H"]),)](
+            token, turns, phase, angle, *k.tables, k.rows, k.length, k.heads, VARLEN=k.varlen,
+            Q=k.chunk, W=k.width, **options,
+        )  # fmt: skip
+    return Prepared(token, scale, turns, angle, final, before, B, C, B_bias, C_bias, pairwise)
 
 
 def plain(t: Inputs) -> Inputs:

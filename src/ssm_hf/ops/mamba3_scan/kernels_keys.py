@@ -1,0 +1,428 @@
+"""Triton kernels of Mamba-3's scan with several ranks: gradients of one chunk and head."""
+
+import triton
+import triton.language as tl
+
+from ssm_hf.ops.mamba3_scan.kernels_bwd import turned_back
+from ssm_hf.ops.mamba3_scan.kernels_pairs import (
+    load_state,
+    of_tokens,
+    prefetch,
+    prefetch_state,
+    prefetch_tokens,
+    store_ranks,
+    turning,
+)
+from ssm_hf.ops.mamba3_scan.kernels_tiles import (
+    exp2,
+    gates,
+    laid_out_alike,
+    load_factor,
+    load_gradients,
+    load_inputs,
+    load_rest,
+    load_rotated,
+    load_token,
+    products,
+    rotation,
+    to_rows,
+)
+from ssm_hf.ops.ssd.kernels import load_tile, place_of_chunk, store_tile
+
+
+@triton.jit
+def through_pairs(
+    d_a, d_b, own_a, own_b, other_a, other_b, pairs, cos, sin, to, to_angles, i, in_row, in_tokens,
+    ROPE: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr, RANKS: tl.constexpr,
+    W: tl.constexpr, PITCH: tl.constexpr,
+):  # fmt: skip
+    """Add to tiles a and b of the gradient of keys (of queries) what pairs of rows give; store it,
+    as before the rotation, and the gradients (Q, W) of the angles that turn them.
+    """
+    n = tl.arange(0, W)
+    d_a = tl.dot(pairs, other_a, d_a, input_precision=PRECISION)
+    d_b = tl.dot(pairs, other_b, d_b, input_precision=PRECISION)
+    if ROPE:
+        of_angle = turning(own_a, own_b, d_a, d_b)
+        if RANKS > 1:
+            of_angle = tl.sum(tl.reshape(of_angle, (Q, RANKS, W)), axis=1)
+        store_tile(to_angles, W, tl.arange(0, Q), n, in_tokens, of_angle, False, False, W)
+    d_a, d_b = turned_back(d_a, d_b, cos, sin, ROPE)
+    store_tile(to, PITCH, i, n, in_row, d_a, False, False, W)
+    store_tile(to + W, PITCH, i, n, in_row, d_b, False, False, W)
+
+
+@triton.jit
+def operands(
+    B_ptr, B_bias_ptr, C_ptr, C_bias_ptr, angle_ptr, at_rows, here, head, i, in_row,
+    TYPE: tl.constexpr, RAGGED: tl.constexpr, ROPE: tl.constexpr, FAST: tl.constexpr,
+    Q: tl.constexpr, RANKS: tl.constexpr, W: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    """Cosine and sine, tiles a and b of keys and queries of a chunk and head."""
+    PITCH: tl.constexpr = 2 * W + V
+    cos, sin = 1.0, 0.0
+    if ROPE:
+        cos, sin = rotation(angle_ptr + here * (Q * W), i, RANKS, FAST, W)
+    B_bias, C_bias = B_bias_ptr, C_bias_ptr
+    if B_bias_ptr is not None:
+        B_bias = B_bias_ptr + head * (RANKS * PITCH)
+    if C_bias_ptr is not None:
+        C_bias = C_bias_ptr + head * (RANKS * PITCH)
+    ka, kb = load_rotated(B_ptr + at_rows, B_bias, cos, sin, i, in_row, TYPE, RAGGED, FAST, RANKS,
+                          ROPE, W, PITCH)  # fmt: skip
+    qa, qb = load_rotated(C_ptr + at_rows, C_bias, cos, sin, i, in_row, TYPE, RAGGED, FAST, RANKS,
+                          ROPE, W, PITCH)  # fmt: skip
+    return cos, sin, ka, kb, qa, qb
+
+
+@triton.jit
+def rest_of(
+    ptr, bias_ptr, at_rows, head, i, in_row, TYPE: tl.constexpr, RAGGED: tl.constexpr,
+    FAST: tl.constexpr, RANKS: tl.constexpr, W: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    """Tile c of keys or of queries."""
+    PITCH: tl.constexpr = 2 * W + V
+    bias = bias_ptr
+    if bias_ptr is not None:
+        bias = bias_ptr + head * (RANKS * PITCH)
+    return load_rest(ptr + at_rows, bias, i, in_row, TYPE, RAGGED, FAST, RANKS, W, V, PITCH)
+
+
+@triton.jit
+def mamba3_keys_kernel(
+    x_ptr, mx_ptr, B_ptr, B_bias_ptr, C_ptr, C_bias_ptr, D_ptr, z_ptr, mz_ptr, mo_ptr, mask_ptr,
+    dy_ptr, token_ptr, scale_ptr, angle_ptr, dstates_ptr, dx_ptr, dmx_ptr, dD_ptr,
+    grad_ptr, pairs_ptr, dk_ptr, dangle_ptr, later_ptr, cu_ptr, first_ptr, row_ptr,
+    x_sb, x_st, x_sh, z_sb, z_st, z_sh, mask_sb, mask_st, dy_sb, dy_st, dy_sr, dy_sh,
+    rows, length, heads: tl.constexpr, groups, ranks, plane,
+    HEAD_DIM: tl.constexpr, RAGGED: tl.constexpr, PER_RANK: tl.constexpr, ROPE: tl.constexpr,
+    VARLEN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    Q: tl.constexpr, RANKS: tl.constexpr, BLOCK_P: tl.constexpr, P_BLOCKS: tl.constexpr,
+    W: tl.constexpr, V: tl.constexpr, PREFETCH: tl.constexpr,
+):  # fmt: skip
+    """Gradients of x, mimo_x, D and keys of one chunk and head, from the gradient of the state that
+    leaves it.
+
+    Of pairs of rows s <= t, pairs (chunks, H, 2, ROWS, ROWS) keeps their weight and the gradient of
+    k_s q_t. dk (chunks, H, ROWS, PITCH) is the gradient before the rotation; dangle (chunks, H, 2,
+    Q, W) that of the angles which turn keys (and queries), later (chunks, H, 2, W) what the angles
+    of all later tokens get together, in two parts: they turn against the state that leaves the
+    chunk. grad (6, chunks, H, Q) is what `mamba3_prepare_bwd_kernel` reads.
+    """
+    dot_type: tl.constexpr = tl.float32 if WIDE else B_ptr.dtype.element_ty
+    ROWS: tl.constexpr = Q * RANKS
+    PITCH: tl.constexpr = 2 * W + V
+    CUT_P: tl.constexpr = HEAD_DIM % BLOCK_P != 0
+    MASKED: tl.constexpr = RAGGED or mask_ptr is not None
+    head = tl.program_id(0) % heads
+    v = tl.program_id(0) // heads
+    batch, token, end = place_of_chunk(v, rows, length, cu_ptr, first_ptr, row_ptr, VARLEN, Q)
+    here = v.to(tl.int64) * heads + head
+    i = tl.arange(0, ROWS)
+    of_token = i // RANKS
+    j = tl.arange(0, Q)
+    n = tl.arange(0, W)
+    in_row = token + of_token < end
+    in_tokens = token + j < end
+    if PREFETCH:
+        prefetch_tokens(x_ptr, batch, head, token, end, x_sb, x_st, x_sh, True, HEAD_DIM, Q)
+        prefetch_tokens(z_ptr, batch, head, token, end, z_sb, z_st, z_sh, True, HEAD_DIM, Q)
+        prefetch_tokens(dy_ptr, batch, head, token, end, dy_sb, dy_st, dy_sh, True, HEAD_DIM, Q)
+        prefetch_state(dstates_ptr, here, token < end, 0, PITCH, HEAD_DIM, PITCH, BLOCK_P, P_BLOCKS)
+    is_real = in_tokens
+    if mask_ptr is not None:
+        at_mask = mask_ptr + batch * mask_sb + (token + j) * mask_st
+        is_real = in_tokens & (tl.load(at_mask, mask=in_tokens, other=0) != 0)
+    at = token_ptr + here * (4 * Q)
+    group = head // (heads // groups)
+    at_rows = ((batch * groups + group) * length + token) * (RANKS * PITCH)
+    cos, sin, ka, kb, qa, qb = operands(
+        B_ptr, B_bias_ptr, C_ptr, C_bias_ptr, angle_ptr, at_rows, here, head, i, in_row, dot_type,
+        RAGGED, ROPE, FAST, Q, RANKS, W, V,
+    )  # fmt: skip
+    # Not from `operands`: Triton 3.6 hands no None on in a tuple.
+    kc, qc = None, None
+    if V > 0:
+        kc = rest_of(B_ptr, B_bias_ptr, at_rows, head, i, in_row, dot_type, RAGGED, FAST, RANKS,
+                     W, V)  # fmt: skip
+        qc = rest_of(C_ptr, C_bias_ptr, at_rows, head, i, in_row, dot_type, RAGGED, FAST, RANKS,
+                     W, V)  # fmt: skip
+    a, b, gamma, _delta = load_token(at, Q, RANKS)
+    at_x = x_ptr + batch * x_sb + head * x_sh + token * x_st
+    at_dy = dy_ptr + batch * dy_sb + head * dy_sh + token * dy_st
+    z_base = z_ptr
+    if z_ptr is not None:
+        z_base = z_ptr + batch * z_sb + head * z_sh + token * z_st
+    at_dS = dstates_ptr + here * (HEAD_DIM * PITCH)
+    at_pairs = pairs_ptr + here * (2 * ROWS * ROWS)
+    at_grad = grad_ptr + here * Q + j
+    at_angles = dangle_ptr
+    if ROPE:
+        at_angles = dangle_ptr + 2 * here * (Q * W)
+    to_row = ((batch * length + token) * heads + head) * HEAD_DIM
+    xdy = tl.zeros((ROWS, ROWS), dtype=tl.float32)
+    for p_block in tl.static_range(P_BLOCKS):
+        p = p_block * BLOCK_P + tl.arange(0, BLOCK_P)
+        x = load_inputs(at_x, x_st, mx_ptr, head, j, p, in_tokens, ranks, RAGGED, RANKS, CUT_P,
+                        HEAD_DIM).to(dot_type)  # fmt: skip
+        dy = load_gradients(
+            at_dy, dy_st, dy_sr, z_base, z_st, mz_ptr, mo_ptr, head, j, p, is_real, ranks, MASKED,
+            RANKS, PER_RANK, CUT_P, HEAD_DIM, FAST,
+        ).to(dot_type)  # fmt: skip
+        xdy = tl.dot(x, tl.trans(dy), xdy, input_precision=PRECISION)
+    kq = products(ka, kb, kc, qa, qb, qc, dot_type, PRECISION)
+
+    # Tiles of pairs of rows are [s, t], s <= t: s reaches t > s with M s_s, itself with gamma.
+    a_end = tl.load(at + 4 * Q - 4)
+    later = of_token[:, None] < of_token[None, :]
+    same = of_token[:, None] == of_token[None, :]
+    if WIDE:
+        b_end = tl.load(at + 4 * Q - 3)
+        scale = tl.load(scale_ptr + here * Q + of_token)
+        exponent = (a[None, :] - a[:, None]) + (b[None, :] - b[:, None])
+        to_exit = exp2((a_end - a) + (b_end - b), FAST)
+    else:
+        scale = exp2(a - b, FAST)
+        exponent = a[None, :] - a[:, None]
+        to_exit = exp2(a_end - a, FAST)
+    M = exp2(tl.where(later, exponent, float("-inf")), FAST)
+    both = xdy * kq
+    on_self = tl.sum(tl.where(same, both, 0.0), axis=1)
+    tl.store(at_grad + 3 * plane, of_tokens(on_self, Q, RANKS))
+    both *= M
+    dscale = tl.sum(both, axis=1)
+    if WIDE:
+        # The same numbers with both signs: over a chunk, what they have in common cancels.
+        both *= scale[:, None]
+        da = tl.sum(both, axis=0) - tl.sum(both, axis=1)
+    else:
+        da = tl.sum(both * scale[:, None], axis=0) - scale * dscale
+    M = tl.where(same, gamma[:, None], M * scale[:, None])
+    pairs = (xdy * M).to(dot_type)
+    scores = kq * M
+    diagonal = i[:, None] == i[None, :]
+    if D_ptr is not None:
+        scores += tl.where(diagonal, tl.load(D_ptr + head).to(tl.float32), 0.0)
+        tl.store(dD_ptr + here, tl.sum(tl.sum(tl.where(diagonal, xdy, 0.0), axis=1), axis=0))
+    scores = scores.to(dot_type)
+    store_tile(at_pairs, ROWS, i, i, in_row, scores, False, False, ROWS)
+    store_tile(at_pairs + ROWS * ROWS, ROWS, i, i, in_row, pairs, False, False, ROWS)
+
+    # What tokens leave in the state, and with it the gradients of x and of keys.
+    left = tl.zeros((ROWS,), dtype=tl.float32)
+    d_a, d_b = tl.zeros((ROWS, W), dtype=tl.float32), tl.zeros((ROWS, W), dtype=tl.float32)
+    d_c, dSc = None, None
+    if V > 0:
+        d_c = tl.zeros((ROWS, V), dtype=tl.float32)
+    for p_block in tl.static_range(P_BLOCKS):
+        p = p_block * BLOCK_P + tl.arange(0, BLOCK_P)
+        if P_BLOCKS > 1:
+            x = load_inputs(at_x, x_st, mx_ptr, head, j, p, in_tokens, ranks, RAGGED, RANKS, CUT_P,
+                            HEAD_DIM).to(dot_type)  # fmt: skip
+            dy = load_gradients(
+                at_dy, dy_st, dy_sr, z_base, z_st, mz_ptr, mo_ptr, head, j, p, is_real, ranks,
+                MASKED, RANKS, PER_RANK, CUT_P, HEAD_DIM, FAST,
+            ).to(dot_type)  # fmt: skip
+        # Empty chunks (VARLEN) have no states; RAGGED covers them.
+        p_in = p < tl.where(token < end, HEAD_DIM, 0)
+        dSa = load_state(at_dS, p, p_in, dot_type, RAGGED or CUT_P, W, PITCH)
+        dSb = load_state(at_dS + W, p, p_in, dot_type, RAGGED or CUT_P, W, PITCH)
+        if V > 0:
+            dSc = load_state(at_dS + 2 * W, p, p_in, dot_type, RAGGED or CUT_P, V, PITCH)
+        dx = products(ka, kb, kc, dSa, dSb, dSc, dot_type, PRECISION) * to_exit[:, None]
+        left += tl.sum(x.to(tl.float32) * dx, axis=1)
+        dx *= scale[:, None]
+        dx = tl.dot(scores, dy, dx, input_precision=PRECISION)
+        if mx_ptr is not None:
+            raw = load_tile(at_x, x_st, j, p, in_tokens, RAGGED, CUT_P, HEAD_DIM).to(tl.float32)
+            to = dmx_ptr + here * ranks * HEAD_DIM
+            store_ranks(to, HEAD_DIM, dx * to_rows(raw, RANKS), p, p < HEAD_DIM, ranks, Q, RANKS,
+                        BLOCK_P)  # fmt: skip
+            dx *= load_factor(mx_ptr, head, p, ranks, Q, RANKS, HEAD_DIM)
+        if RANKS > 1:
+            dx = tl.sum(tl.reshape(dx, (Q, RANKS, BLOCK_P)), axis=1)
+        store_tile(dx_ptr + to_row, heads * HEAD_DIM, j, p, in_tokens, dx, RAGGED, CUT_P, HEAD_DIM)
+        d_a = tl.dot(x, dSa, d_a, input_precision=PRECISION)
+        d_b = tl.dot(x, dSb, d_b, input_precision=PRECISION)
+        if V > 0 and P_BLOCKS > 1:
+            d_c = tl.dot(x, dSc, d_c, input_precision=PRECISION)
+    weight = (to_exit * scale)[:, None]
+    to = dk_ptr + here * (ROWS * PITCH)
+    d_a *= weight
+    d_b *= weight
+    if ROPE:
+        # What a token leaves in the state does not turn with it.
+        tl.store(later_ptr + 2 * here * W + n, -tl.sum(turning(ka, kb, d_a, d_b), axis=0))
+    through_pairs(d_a, d_b, ka, kb, qa, qb, pairs, cos, sin, to, at_angles, i, in_row, in_tokens,
+                  ROPE, PRECISION, Q, RANKS, W, PITCH)  # fmt: skip
+    if V > 0:
+        if P_BLOCKS == 1:
+            d_c = tl.dot(x, dSc, d_c, input_precision=PRECISION)
+        d_c = tl.dot(pairs, qc, d_c * weight, input_precision=PRECISION)
+        store_tile(to + 2 * W, PITCH, i, tl.arange(0, V), in_row, d_c, False, False, V)
+    tl.store(at_grad, of_tokens(da, Q, RANKS))
+    tl.store(at_grad + plane, of_tokens(left * scale, Q, RANKS))
+    tl.store(at_grad + 2 * plane, of_tokens(dscale + left, Q, RANKS))
+
+
+@triton.jit
+def mamba3_queries_kernel(
+    x_ptr, mx_ptr, B_ptr, B_bias_ptr, C_ptr, C_bias_ptr, z_ptr, mz_ptr, mo_ptr, mask_ptr, dy_ptr,
+    token_ptr, angle_ptr, states_ptr, dstates_ptr, dz_ptr, dmz_ptr, dmo_ptr, grad_ptr,
+    pairs_ptr, dq_ptr, dangle_ptr, later_ptr, cu_ptr, first_ptr, row_ptr,
+    x_sb, x_st, x_sh, z_sb, z_st, z_sh, mask_sb, mask_st, dy_sb, dy_st, dy_sr, dy_sh,
+    rows, length, heads: tl.constexpr, groups, ranks, plane,
+    HEAD_DIM: tl.constexpr, RAGGED: tl.constexpr, PER_RANK: tl.constexpr, ROPE: tl.constexpr,
+    VARLEN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    Q: tl.constexpr, RANKS: tl.constexpr, BLOCK_P: tl.constexpr, P_BLOCKS: tl.constexpr,
+    W: tl.constexpr, V: tl.constexpr, PREFETCH: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the gate, mimo_z, mimo_o and queries of one chunk and head, from the state that
+    enters it; see `mamba3_keys_kernel`, which comes before.
+    """
+    # The gradients of gate and mimo_o need y before them.
+    NEEDS_Y: tl.constexpr = z_ptr is not None or mo_ptr is not None
+    dot_type: tl.constexpr = tl.float32 if WIDE else B_ptr.dtype.element_ty
+    ROWS: tl.constexpr = Q * RANKS
+    PITCH: tl.constexpr = 2 * W + V
+    CUT_P: tl.constexpr = HEAD_DIM % BLOCK_P != 0
+    MASKED: tl.constexpr = RAGGED or mask_ptr is not None
+    head = tl.program_id(0) % heads
+    v = tl.program_id(0) // heads
+    batch, token, end = place_of_chunk(v, rows, length, cu_ptr, first_ptr, row_ptr, VARLEN, Q)
+    here = v.to(tl.int64) * heads + head
+    at_pairs = pairs_ptr + here * (2 * ROWS * ROWS)
+    i = tl.arange(0, ROWS)
+    of_token = i // RANKS
+    j = tl.arange(0, Q)
+    n = tl.arange(0, W)
+    in_row = token + of_token < end
+    in_tokens = token + j < end
+    if PREFETCH:
+        prefetch_tokens(x_ptr, batch, head, token, end, x_sb, x_st, x_sh, True, HEAD_DIM, Q)
+        prefetch_tokens(z_ptr, batch, head, token, end, z_sb, z_st, z_sh, True, HEAD_DIM, Q)
+        prefetch_tokens(dy_ptr, batch, head, token, end, dy_sb, dy_st, dy_sh, True, HEAD_DIM, Q)
+        prefetch_state(dstates_ptr, here, token < end, 0, PITCH, HEAD_DIM, PITCH, BLOCK_P, P_BLOCKS)
+        prefetch_state(states_ptr, here, token < end, 0, PITCH, HEAD_DIM, PITCH, BLOCK_P, P_BLOCKS)
+        prefetch(at_pairs + i * ROWS, i < ROWS)
+        prefetch(at_pairs + (ROWS + i) * ROWS, i < ROWS)
+    is_real = in_tokens
+    if mask_ptr is not None:
+        at_mask = mask_ptr + batch * mask_sb + (token + j) * mask_st
+        is_real = in_tokens & (tl.load(at_mask, mask=in_tokens, other=0) != 0)
+    at = token_ptr + here * (4 * Q)
+    group = head // (heads // groups)
+    at_rows = ((batch * groups + group) * length + token) * (RANKS * PITCH)
+    cos, sin, ka, kb, qa, qb = operands(
+        B_ptr, B_bias_ptr, C_ptr, C_bias_ptr, angle_ptr, at_rows, here, head, i, in_row, dot_type,
+        RAGGED, ROPE, FAST, Q, RANKS, W, V,
+    )  # fmt: skip
+    # Not from `operands`: Triton 3.6 hands no None on in a tuple.
+    kc, qc = None, None
+    if V > 0:
+        kc = rest_of(B_ptr, B_bias_ptr, at_rows, head, i, in_row, dot_type, RAGGED, FAST, RANKS,
+                     W, V)  # fmt: skip
+        qc = rest_of(C_ptr, C_bias_ptr, at_rows, head, i, in_row, dot_type, RAGGED, FAST, RANKS,
+                     W, V)  # fmt: skip
+    a, b, _gamma, _delta = load_token(at, Q, RANKS)
+    at_x = x_ptr + batch * x_sb + head * x_sh + token * x_st
+    at_dy = dy_ptr + batch * dy_sb + head * dy_sh + token * dy_st
+    z_base = z_ptr
+    if z_ptr is not None:
+        z_base = z_ptr + batch * z_sb + head * z_sh + token * z_st
+    at_S, at_dS = states_ptr + here * (HEAD_DIM * PITCH), dstates_ptr + here * (HEAD_DIM * PITCH)
+    at_grad = grad_ptr + here * Q + j
+    at_angles = dangle_ptr
+    if ROPE:
+        at_angles = dangle_ptr + (2 * here + 1) * (Q * W)
+    to_row = ((batch * length + token) * heads + head) * HEAD_DIM
+    a_end = tl.load(at + 4 * Q - 4)
+    if WIDE:
+        from_entry = exp2(a + b, FAST)
+        whole = exp2(a_end + tl.load(at + 4 * Q - 3), FAST)
+    else:
+        from_entry = exp2(a, FAST)
+        whole = exp2(a_end, FAST)
+    scores = load_tile(at_pairs, ROWS, i, i, in_row, False, False, ROWS)
+    # What they take from it, and with it the gradients of the gate and of queries.
+    entered = tl.zeros((ROWS,), dtype=tl.float32)
+    kept = tl.zeros((BLOCK_P,), dtype=tl.float32)
+    turn = tl.zeros((W,), dtype=tl.float32)
+    d_a, d_b = tl.zeros((ROWS, W), dtype=tl.float32), tl.zeros((ROWS, W), dtype=tl.float32)
+    d_c, dSc, Sc = None, None, None
+    if V > 0:
+        d_c = tl.zeros((ROWS, V), dtype=tl.float32)
+    for p_block in tl.static_range(P_BLOCKS):
+        p = p_block * BLOCK_P + tl.arange(0, BLOCK_P)
+        p_in = p < tl.where(token < end, HEAD_DIM, 0)
+        Sa = load_state(at_S, p, p_in, dot_type, RAGGED or CUT_P, W, PITCH)
+        Sb = load_state(at_S + W, p, p_in, dot_type, RAGGED or CUT_P, W, PITCH)
+        if V > 0:
+            Sc = load_state(at_S + 2 * W, p, p_in, dot_type, RAGGED or CUT_P, V, PITCH)
+        x = load_inputs(at_x, x_st, mx_ptr, head, j, p, in_tokens, ranks, RAGGED, RANKS, CUT_P,
+                        HEAD_DIM).to(dot_type)  # fmt: skip
+        y = products(qa, qb, qc, Sa, Sb, Sc, dot_type, PRECISION) * from_entry[:, None]
+        dSa = load_state(at_dS, p, p_in, dot_type, RAGGED or CUT_P, W, PITCH).to(tl.float32)
+        dSb = load_state(at_dS + W, p, p_in, dot_type, RAGGED or CUT_P, W, PITCH).to(tl.float32)
+        kept += tl.sum(Sa.to(tl.float32) * dSa + Sb.to(tl.float32) * dSb, axis=1)
+        if ROPE:
+            turn += tl.sum(turning(Sa, Sb, dSa, dSb), axis=0)
+        if V > 0:
+            dSc = load_state(at_dS + 2 * W, p, p_in, dot_type, RAGGED or CUT_P, V, PITCH)
+            kept += tl.sum(Sc.to(tl.float32) * dSc.to(tl.float32), axis=1)
+        if NEEDS_Y:
+            dout = load_tile(at_dy, dy_st, j, p, is_real, MASKED, CUT_P, HEAD_DIM).to(tl.float32)
+            dout = to_rows(dout, RANKS)
+            dy = dout
+            if mo_ptr is not None:
+                dy *= load_factor(mo_ptr, head, p, ranks, Q, RANKS, HEAD_DIM)
+            if z_ptr is not None:
+                z, u, share = gates(z_base, z_st, mz_ptr, head, j, p, in_tokens, ranks, RAGGED,
+                                    RANKS, CUT_P, HEAD_DIM, FAST)  # fmt: skip
+                dz_factor = dy * (share * (1.0 + u * (1.0 - share)))
+                dy *= u * share
+            if RANKS == 1:
+                dy, y = laid_out_alike(dy, y, FAST)
+            entered += tl.sum(y * dy, axis=1)
+            y = tl.dot(tl.trans(scores), x, y, input_precision=PRECISION)
+            dmo = dout * y
+            if z_ptr is not None:
+                dmo *= u * share
+                du = dz_factor * y
+                if mz_ptr is not None:
+                    to = dmz_ptr + here * ranks * HEAD_DIM
+                    store_ranks(to, HEAD_DIM, du * z, p, p < HEAD_DIM, ranks, Q, RANKS, BLOCK_P)
+                    du *= load_factor(mz_ptr, head, p, ranks, Q, RANKS, HEAD_DIM)
+                if RANKS > 1:
+                    du = tl.sum(tl.reshape(du, (Q, RANKS, BLOCK_P)), axis=1)
+                store_tile(dz_ptr + to_row, heads * HEAD_DIM, j, p, in_tokens, du, RAGGED, CUT_P,
+                           HEAD_DIM)  # fmt: skip
+            if mo_ptr is not None:
+                to = dmo_ptr + here * ranks * HEAD_DIM
+                store_ranks(to, HEAD_DIM, dmo, p, p < HEAD_DIM, ranks, Q, RANKS, BLOCK_P)
+        else:
+            dy = load_gradients(
+                at_dy, dy_st, dy_sr, z_base, z_st, mz_ptr, mo_ptr, head, j, p, is_real, ranks,
+                MASKED, RANKS, PER_RANK, CUT_P, HEAD_DIM, FAST,
+            )  # fmt: skip
+            entered += tl.sum(y * dy.to(tl.float32), axis=1)
+        dy = dy.to(dot_type)
+        d_a = tl.dot(dy, Sa, d_a, input_precision=PRECISION)
+        d_b = tl.dot(dy, Sb, d_b, input_precision=PRECISION)
+        if V > 0 and P_BLOCKS > 1:
+            d_c = tl.dot(dy, Sc, d_c, input_precision=PRECISION)
+    weight = from_entry[:, None]
+    pairs = load_tile(at_pairs + ROWS * ROWS, ROWS, i, i, in_row, False, False, ROWS)
+    pairs = tl.trans(pairs)
+    to = dq_ptr + here * (ROWS * PITCH)
+    through_pairs(d_a * weight, d_b * weight, qa, qb, ka, kb, pairs, cos, sin, to, at_angles, i,
+                  in_row, in_tokens, ROPE, PRECISION, Q, RANKS, W, PITCH)  # fmt: skip
+    if V > 0:
+        if P_BLOCKS == 1:
+            d_c = tl.dot(dy, Sc, d_c, input_precision=PRECISION)
+        d_c = tl.dot(pairs, kc, d_c * weight, input_precision=PRECISION)
+        store_tile(to + 2 * W, PITCH, i, tl.arange(0, V), in_row, d_c, False, False, V)
+    da = entered + tl.where(i == ROWS - 1, whole * tl.sum(kept, axis=0), 0.0)
+    tl.store(at_grad, tl.load(at_grad) + of_tokens(da, Q, RANKS))
+    if ROPE:
+        tl.store(later_ptr + (2 * here + 1) * W + n, -whole * turn)
