@@ -313,10 +313,15 @@ def mamba3_angles_kernel(
     here = v.to(tl.int64) * heads + h
     total = tl.load(phase_ptr + here[:, None] * W + n[None, :], mask=h_in[:, None], other=0.0)
     at_turns = turns_ptr + (batch * length + token) * W + n
+    at_delta = token_ptr + here * (4 * Q) + 3
+    turns = tl.load(at_turns, mask=n < tl.where(token < end, W, 0), other=0.0)
+    delta = tl.load(at_delta, mask=h_in, other=0.0)
     for t in range(0, Q):
-        turns = tl.load(at_turns + t * W, mask=n < tl.where(token + t < end, W, 0), other=0.0)
-        delta = tl.load(token_ptr + here * (4 * Q) + 4 * t + 3, mask=h_in, other=0.0)
         total += delta[:, None] * turns[None, :]
+        # Asked for a step ahead, before the store that loads would wait for.
+        behind = token + t + 1 < tl.minimum(end, token + Q)
+        turns = tl.load(at_turns + (t + 1) * W, mask=n < tl.where(behind, W, 0), other=0.0)
+        delta = tl.load(at_delta + 4 * (t + 1), mask=h < tl.where(behind, heads, 0), other=0.0)
         angle = total - tl.floor(total + 0.5)
         to = angle_ptr + (here * Q + t)[:, None] * W + n[None, :]
         if angle_ptr.dtype.element_ty == tl.int16:
