@@ -410,6 +410,7 @@ def test_queries_in_their_places_on_a_gpu(
 
 
 @needs_gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_kernels_are_deterministic_captured_and_wait_for_nobody() -> None:
     leaves = _leaves(2, 700, 700, 4, 2, 64, torch.bfloat16)
     low, high = _intervals("documents", 2, 700, 700)
