@@ -27,7 +27,7 @@ from ssm_hf.layers.mixer import (
 from ssm_hf.layers.norm import ResidualNorm, RMSNorm
 from ssm_hf.ops import ssd
 from ssm_hf.ops.mamba2_mix import mamba2_mix
-from ssm_hf.ops.norm_linear import few_rows, norm_linear
+from ssm_hf.ops.norm_linear import MOST_ROWS, few_rows, norm_linear
 from ssm_hf.ops.packing import compute_dtype
 from ssm_hf.ops.ssd.step import mamba2_step
 from ssm_hf.ops.step_size import step_size
@@ -275,9 +275,12 @@ class Mamba2Mixer(Mixer):
         past_key_values: RecurrentCache,
     ) -> Tensor | None:
         """Three kernels: norm, in_proj and convolution; the scan; norm, out_proj and sum."""
+        kept = past_key_values.layers[self.layer_idx].state_dtype
+        # With states of 32 bits these take the time, and the norm in the scan's kernel is free.
+        most = MOST_ROWS if kept is not None and kept.itemsize == 2 else 16
         if not (
             type(norm) is ResidualNorm
-            and few_rows(update, self.in_proj.weight)
+            and few_rows(update, self.in_proj.weight, most)
             and all_plain(norm, self.in_proj, self.conv1d, self.norm, self.out_proj)
             and self.mlp_size == 0
             and not (self.norm is not None and self.norm.norm_before_gate)

@@ -16,17 +16,21 @@ else:
 __all__ = ["MOST_ROWS", "few_rows", "norm_linear"]
 
 MOST_ROWS = 64
-# With more rows than these a library's matrix units win. On Hopper and later, where kernels
-# overlap, ours of 16-bit weights are faster up to some more, and up to MOST_ROWS where a weight is
-# so small that launches are what takes the time.
-_FEW_ROWS, _SOME_ROWS, _SMALL = 2, 16, 1 << 22
+# With more rows a library's matrix units win, but for 16-bit weights that are small enough for
+# launches to count, on Hopper and later, where kernels overlap.
+_FEW_ROWS, _SMALL = 2, 1 << 22
 
 
-def few_rows(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernels run for x (B, ...) and beat a library product and its neighbours."""
-    most = _FEW_ROWS
-    if weight.itemsize == 2 and can_overlap(x.device):
-        most = MOST_ROWS if weight.numel() <= _SMALL else _SOME_ROWS
+def few_rows(x: Tensor, weight: Tensor, most_if_small: int = _FEW_ROWS) -> bool:
+    """Whether the kernels run for x (B, ...) and beat a library product and its neighbours.
+
+    Args:
+        x: the rows.
+        weight: (O, K) of the first product of a step.
+        most_if_small: rows up to which they do where the weight is small, by measurement.
+    """
+    small = weight.itemsize == 2 and weight.numel() <= _SMALL and can_overlap(x.device)
+    most = most_if_small if small else _FEW_ROWS
     return (
         x.shape[0] <= most
         and weight.dtype != torch.float64

@@ -5,9 +5,8 @@
 import torch
 from torch import Tensor
 
-from ssm_hf.ops import launch as common
 from ssm_hf.ops.launch import check_tensors, on_device, overlapping, tuned
-from ssm_hf.ops.selective_scan.kernels_step import mamba1_step_kernel, mamba1_step_rows_kernel
+from ssm_hf.ops.selective_scan.kernels_step import mamba1_step_kernel
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -49,21 +48,6 @@ def mamba1_step_triton(
     batch, inner, states = state.shape
     y = x.new_empty(batch, inner)
     rank = 0 if dt_weight is None else dt_weight.shape[1]
-    block_n = 1 << (states - 1).bit_length()
-    block_r = 1 << (rank - 1).bit_length() if rank else 0
-    options = dict(tuned("mamba1_step_rows", "default", x.device))
-    grid = -(-inner // options["BLOCK_I"]), -(-batch // options["ROWS"])
-    # Several rows a program, where that leaves enough programs.
-    enough = grid[0] * grid[1] >= options.pop("PROGRAMS") * common.processors(x.device)
-    if enough and batch >= options["ROWS"]:
-        with on_device(x):
-            mamba1_step_rows_kernel[grid](
-                x, dt, B, C, z, None if dt_weight is None else dt_weight.contiguous(), dt_bias,
-                A_log.contiguous(), D, state, y, x.stride(0), dt.stride(0), B.stride(0),
-                z.stride(0), y.stride(0), inner, batch, rank, STATES=states, BLOCK_N=block_n,
-                BLOCK_R=block_r, **options, **overlapping(overlap, x.device),
-            )  # fmt: skip
-        return y
     options = dict(tuned("mamba1_step", "rows1" if batch == 1 else "default", x.device))
     block = options["BLOCK_I"]
     blocks = (inner + block - 1) // block
@@ -89,8 +73,8 @@ def mamba1_step_triton(
             states,
             rank,
             blocks,
-            BLOCK_N=block_n,
-            BLOCK_R=block_r,
+            BLOCK_N=1 << (states - 1).bit_length(),
+            BLOCK_R=1 << (rank - 1).bit_length() if rank else 0,
             **options,
             **overlapping(overlap, x.device),
         )
