@@ -130,6 +130,8 @@ def test_training_pass_never_waits_for_the_gpu(pair, return_logits: bool) -> Non
             assert relative_error(p.grad.cpu(), right) < 1e-4, name
 
 
+# Checkpointed experts keep nodes of the uncaptured passes, which ran on another stream.
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_replayed_pass_equals_the_eager_one(pair, checkpointed: bool) -> None:
     model = decide_(copy.deepcopy(pair[1])).train()
