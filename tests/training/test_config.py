@@ -95,6 +95,7 @@ def test_unknown_key_is_refused_with_the_closest_one(recipe, key, closest, where
         (["--max_steps", "0"], "max_steps is 0, expected more than 0"),
         (["--optimizer.betas", "[0.9]"], r"optimizer.betas is \[0.9\], expected two numbers"),
         (["--data.heldout_fraction", "1"], "data.heldout_fraction is 1.0, expected a share"),
+        (["--label_smoothing", "1"], "label_smoothing is 1.0, expected a share"),
         (["--schedule.warmup_steps", "6"], r"expected less than max_steps \(6\)"),
         (["--model.checkpoint", "x"], "exactly one: a config.json .* or a checkpoint"),
         (["--model.config", "null"], "exactly one: a config.json .* or a checkpoint"),
