@@ -18,18 +18,16 @@ def _sigmoid(x):
 @triton.jit
 def _load(
     x_ptr, residual_ptr, gate_ptr, x_at, residual_at, gate_at, columns, inside,
-    HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr, KEPT: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """x, residual and gate as they are stored; KEPT says what caches do with them."""
-    x = tl.load(x_ptr + x_at + columns, mask=inside, other=0.0, eviction_policy=KEPT)
+    """x, residual and gate as they are stored."""
+    x = tl.load(x_ptr + x_at + columns, mask=inside, other=0.0)
     residual = 0.0
     if HAS_RESIDUAL:
-        residual_ptr += residual_at + columns
-        residual = tl.load(residual_ptr, mask=inside, other=0.0, eviction_policy=KEPT)
+        residual = tl.load(residual_ptr + residual_at + columns, mask=inside, other=0.0)
     gate = 0.0
     if GATED:
-        gate_ptr += gate_at + columns
-        gate = tl.load(gate_ptr, mask=inside, other=0.0, eviction_policy=KEPT)
+        gate = tl.load(gate_ptr + gate_at + columns, mask=inside, other=0.0)
     return x, residual, gate
 
 
@@ -43,7 +41,7 @@ def _stream(
     if HAS_RESIDUAL:
         total = (h + residual.to(tl.float32)).to(total_ptr.dtype.element_ty)
         if STORE:
-            tl.store(total_ptr + total_at + columns, total, mask=inside, cache_modifier=".cs")
+            tl.store(total_ptr + total_at + columns, total, mask=inside)
         h = total.to(tl.float32)
     if GATE_FIRST:
         z = gate.to(tl.float32)
@@ -62,7 +60,7 @@ def _finish(h, scale, gate, weight, y_ptr, y_at, columns, inside, GATE_LAST: tl.
     if GATE_LAST:
         z = gate.to(tl.float32)
         y *= z * _sigmoid(z)
-    tl.store(y_ptr + y_at + columns, y, mask=inside, cache_modifier=".cs")
+    tl.store(y_ptr + y_at + columns, y, mask=inside)
 
 
 @triton.jit
@@ -115,7 +113,7 @@ def rms_norm_fwd_kernel(
             inside = (row < rows) & (at < size)
             one = _load(
                 x_ptr, residual_ptr, gate_ptr, x_at, residual_at, gate_at, at, inside,
-                HAS_RESIDUAL, GATED, "evict_first",
+                HAS_RESIDUAL, GATED,
             )  # fmt: skip
             loaded = loaded + (one,)
             if EARLY:
@@ -142,7 +140,7 @@ def rms_norm_fwd_kernel(
             inside = (row < rows) & (at < size)
             x, residual, gate = _load(
                 x_ptr, residual_ptr, gate_ptr, x_at, residual_at, gate_at, at, inside,
-                HAS_RESIDUAL, GATE_FIRST, "",
+                HAS_RESIDUAL, GATE_FIRST,
             )  # fmt: skip
             h = _stream(
                 x, residual, gate, total_ptr, y_at, at, inside, HAS_RESIDUAL, GATE_FIRST, True
@@ -154,7 +152,7 @@ def rms_norm_fwd_kernel(
             inside = (row < rows) & (at < size)
             x, residual, gate = _load(
                 x_ptr, residual_ptr, gate_ptr, x_at, residual_at, gate_at, at, inside,
-                HAS_RESIDUAL, GATED, "",
+                HAS_RESIDUAL, GATED,
             )  # fmt: skip
             h = _stream(
                 x, residual, gate, total_ptr, y_at, at, inside, HAS_RESIDUAL, GATE_FIRST, False
