@@ -14,8 +14,9 @@ from tests.helpers import kernel_device, relative_error
 launch = sys.modules["ssm_hf.ops.selective_scan.launch"]
 
 DEVICE = kernel_device()
-# fp32 rounding over at most a few hundred tokens; sums that cancel cost a digit.
-SINGLE = 2e-6
+# fp32 rounding over at most a few hundred tokens; sums that cancel cost a digit. A GPU's
+# exponentials and logarithms are approximations: the grid's bound there, of which it takes 0.42.
+SINGLE = 1e-5 if DEVICE.type == "cuda" else 2e-6
 # Chunks as short as tiles allow, and rows of three chunks.
 CHUNK = 16 if DEVICE.type == "cuda" else 4
 LENGTH = 2 * CHUNK + 3
