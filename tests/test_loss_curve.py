@@ -22,6 +22,7 @@ def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return [
         *(str(tmp_path / "tokens.u16"), "--config", str(tmp_path / "config.json")),
         *("--batch", "2", "--length", "16", "--steps", "4", "--seconds", "0.01"),
+        *("--perturbed", "2"),
         *("--output", str(tmp_path / "results" / "loss_curve.jsonl")),
     ]
 
@@ -33,10 +34,11 @@ def _results(arguments: list[str]) -> list[dict[str, Any]]:
 def test_curves_are_written_as_they_come(arguments: list[str]) -> None:
     loss_curve.main(arguments)
     results = _results(arguments)
-    assert [len(r["curves"]) for r in results] == [2, 3, 4, 4]
+    assert [len(r["curves"]) for r in results] == [2, 3, 4, 5, 5]
     curves, values = results[-1]["curves"], results[-1]["values"]
     # On a CPU both are the torch path.
     assert curves["kernels"] == curves["torch"]
+    assert curves["perturbed 1"] != curves["perturbed 2"]
     assert values["mean_difference"] == 0 < values["noise_mean_difference"] < 0.1
     assert curves["later"][0][1] == curves["kernels"][0]
 
@@ -46,6 +48,28 @@ def test_a_cut_torch_run_is_compared_as_far_as_it_came(arguments: list[str]) -> 
     last = _results(arguments)[-1]
     assert len(last["curves"]["torch"]) == 2
     assert last["values"]["mean_difference"] == 0
+
+
+def test_noise_is_the_widest_pair_of_runs_over_the_steps_of_the_torch_path() -> None:
+    kernels, perturbed = [1.0, 1.0, 1.0], [[1.1, 1.0, 9.0], [0.9, 1.0, 1.0]]
+    values = loss_curve.distances(kernels, [1.15, 1.0], perturbed)
+    assert values["noise_largest_difference"] == pytest.approx(0.2)
+    assert values["noise_mean_difference"] == pytest.approx(0.1)
+    assert values["noise_median_largest_difference"] == pytest.approx(0.1)
+    assert loss_curve.is_within_noise(values)
+    # No further in the mean, but at one step.
+    values = loss_curve.distances([1.0] * 4, [1.0, 1.0, 1.0, 1.3], [[1.1] * 4, [0.9] * 4])
+    assert values["mean_difference"] < values["noise_mean_difference"]
+    assert not loss_curve.is_within_noise(values)
+
+
+def test_curves_too_far_apart_are_an_error(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss_curve, "is_within_noise", lambda values: False)
+    with pytest.raises(RuntimeError, match="too far apart"):
+        loss_curve.main(arguments)
+    assert len(_results(arguments)) == 4
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(
