@@ -4,10 +4,10 @@
     python -m benchmarks.loss_curve --plot
 
 TOKENS is a file of little-endian uint16 token numbers, documents beginning with number 0. From one
-seed and on the same rows a model is trained in bf16 autocast: `--steps` steps on the kernels, as
-many on the torch path (as far as it gets in `--torch-seconds`), `--perturbed` times as many on the
-kernels from weights that differ by half a rounding to bf16 at most, and then the first run goes on
-until it has had `--seconds`. After each of these a line is added to
+seed and on the same rows a model is trained in bf16 autocast: `--steps` steps on the kernels,
+`--perturbed` times as many on the kernels from weights that differ by half a rounding to bf16 at
+most, as many on the torch path (as far as it gets in `--torch-seconds`), and then the first run
+goes on until it has had `--seconds`. After each of these a line is added to
 benchmarks/results/loss_curve.jsonl; of several lines the last one counts. `--plot` draws
 docs/performance/loss_curve.png from them.
 
@@ -281,15 +281,15 @@ def main(argv: list[str] | None = None) -> None:
     kernels = Training(arguments, "kernels", on_kernels)
     kernels.advance(arguments.steps, math.inf)
     write(arguments, kernels, None, [])
-    torch_path = Training(arguments, "torch", "reference")
-    torch_path.advance(arguments.steps, arguments.torch_seconds)
-    values = write(arguments, kernels, torch_path, [])
     perturbed: list[list[float]] = []
     for number in range(1, arguments.perturbed + 1):
         other = Training(arguments, f"perturbed {number}", on_kernels, noise=number)
         other.advance(arguments.steps, math.inf)
         perturbed.append(other.losses)
-        values = write(arguments, kernels, torch_path, perturbed)
+    write(arguments, kernels, None, perturbed)
+    torch_path = Training(arguments, "torch", "reference")
+    torch_path.advance(arguments.steps, arguments.torch_seconds)
+    values = write(arguments, kernels, torch_path, perturbed)
     if not is_within_noise(values):
         raise RuntimeError(f"the curves of kernels and torch lie too far apart: {values}")
     kernels.advance(math.inf, arguments.seconds)
