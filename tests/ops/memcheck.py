@@ -14,6 +14,9 @@ import torch
 
 from ssm_hf.ops.interval_attention import interval_attention, interval_attention_step
 from ssm_hf.ops.moe import moe_experts, moe_route
+from ssm_hf.ops.norm_linear import norm_linear
+from ssm_hf.ops.selective_scan.step import mamba1_step
+from ssm_hf.ops.ssd.step import mamba2_step
 from tests.ops import grid
 from tests.ops.grid_operators import KERNELS
 from tests.ops.pairwise import FACTORS, TRAINING
@@ -93,8 +96,65 @@ def attention(device: torch.device) -> None:
     print(f"interval_attention: {4 * len(ATTENTION)} calls", flush=True)
 
 
+# rows, K, O, convolved channels and the first of them, width of groups.
+LINEAR = ((1, 300, 37, 21, 9, 75), (3, 300, 37, 21, 9, 75), (37, 192, 150, 100, 30, 64),
+          (64, 768, 3352, 1792, 1536, 768), (64, 1536, 80, 16, 0, 512))  # fmt: skip
+# rows, heads, channels of a head, states, groups: the last ones walk through tiles of the state.
+STEPS = ((3, 3, 40, 24, 1), (64, 24, 64, 128, 1), (61, 24, 64, 100, 2), (64, 20, 48, 70, 4))
+
+
+def linear_steps(device: torch.device) -> None:
+    """The products of a decoding step with their neighbours."""
+    for dtype in (torch.bfloat16, torch.float32):
+        draw = functools.partial(torch.randn, device=device, dtype=dtype)
+        for rows, size, outputs, channels, first, width in LINEAR:
+            weight, norm = draw(outputs, size) / 8, draw(size)
+            x, residual = draw(rows, size), draw(rows, outputs)
+            conv = {"conv_state": draw(rows, 3, channels), "conv_weight": draw(channels, 4),
+                    "conv_bias": draw(channels), "conv_first": first}  # fmt: skip
+            norm_linear(x, weight, norm_weight=norm, eps=1e-5, **conv, impl="triton")
+            norm_linear(x, weight, norm_weight=norm, eps=1e-5, group_size=width, residual=residual,
+                        impl="triton")  # fmt: skip
+            norm_linear(draw(rows, 2 * size), weight, draw(outputs), gated=True, impl="triton")
+    torch.cuda.synchronize()
+    print(f"norm_linear: {6 * len(LINEAR)} calls", flush=True)
+
+
+def mamba_steps(device: torch.device) -> None:
+    """What stands between the projections of a decoding step."""
+    for state_dtype in (torch.float32, torch.bfloat16):
+        draw = functools.partial(torch.randn, device=device)
+        for rows, heads, size, states, groups in STEPS:
+            width = heads * size
+            channels = width + 2 * groups * states
+            for per_channel, convolved in ((False, True), (True, True), (False, False)):
+                mamba2_step(
+                    draw(rows, width + channels + heads), draw(rows, 3, channels),
+                    draw(rows, heads, size, states, dtype=state_dtype),
+                    torch.zeros(rows, groups, dtype=torch.int32, device=device),
+                    conv_weight=draw(channels, 4), conv_bias=draw(channels), dt_bias=draw(heads),
+                    A_log=draw(heads), D=draw(width if per_channel else heads), n_groups=groups,
+                    norm_weight=None if convolved else draw(width), norm_eps=1e-5,
+                    convolved=convolved, impl="triton",
+                )  # fmt: skip
+            rank = size - 3
+            low = draw(rows, rank + 2 * states)
+            dt, B, C = low.split([rank, states, states], dim=1)
+            x, z = draw(rows, 2 * width).chunk(2, dim=1)
+            mamba1_step(x, dt, B, C, z, draw(rows, width, states, dtype=state_dtype),
+                        A_log=draw(width, states), D=draw(width), dt_weight=draw(width, rank),
+                        dt_bias=draw(width), impl="triton")  # fmt: skip
+    torch.cuda.synchronize()
+    print(f"mamba_steps: {8 * len(STEPS)} calls", flush=True)
+
+
 # Operators that are not on the grid.
-OTHERS = {"moe_experts": experts, "interval_attention": attention}
+OTHERS = {
+    "moe_experts": experts,
+    "interval_attention": attention,
+    "norm_linear": linear_steps,
+    "mamba_steps": mamba_steps,
+}
 
 
 def main() -> None:
