@@ -489,7 +489,7 @@ OPERATORS = {
         _draw_attention,
         _forward(interval_attention),
         _attention_work,
-        ("q", "k", "v", "low", "high"),
+        ("q", "k", "v", "low", "high", "places"),
         ("q", "k", "v"),
     ),
     "interval_attention_step": Operator(
