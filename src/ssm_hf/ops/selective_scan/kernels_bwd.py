@@ -201,15 +201,13 @@ def selective_scan_bwd_kernel(
         z_next = x_next
         if z_ptr is not None:
             z_next = _load_rows(z_at, z_t, t, e, here[:, None] & in_e[None, :])
-        noted_next = tl.load(noted + own)
         for tile in range(tiles - 1, -1, -1):
             x, raw, dy, B, C, z = x_next, dt_next, dy_next, B_next, C_next, z_next
             at = c0 + tile * BLOCK_T + t
             inside = (at < stop)[:, None] & in_e[None, :]
             inside_n = (at < stop)[:, None] & in_n[None, :]
-            entering = noted_next
-            noted -= tl.where(tile > 0, BLOCK_E * BLOCK_N, 0)
-            noted_next = tl.load(noted + own)
+            entering = tl.load(noted + own)
+            noted -= BLOCK_E * BLOCK_N
             # The tile before this one is whole; in front of the first there is none.
             x_at -= BLOCK_T * x_t
             dt_at -= BLOCK_T * dt_t
