@@ -14,9 +14,10 @@ import torch
 
 from ssm_hf.ops.interval_attention import interval_attention, interval_attention_step
 from ssm_hf.ops.moe import moe_experts, moe_route
-from ssm_hf.ops.norm_linear import norm_linear
+from ssm_hf.ops.norm_linear import MOST_ROWS, norm_linear
+from ssm_hf.ops.rows_linear import rows_linear, shares_linear, shares_norm
 from ssm_hf.ops.selective_scan.step import mamba1_step
-from ssm_hf.ops.ssd.step import mamba2_step
+from ssm_hf.ops.ssd.step import mamba2_step, squares_of_rows
 from tests.ops import grid
 from tests.ops.grid_operators import KERNELS
 from tests.ops.pairwise import FACTORS, TRAINING
@@ -98,7 +99,7 @@ def attention(device: torch.device) -> None:
 
 # rows, K, O, convolved channels and the first of them, width of groups.
 LINEAR = ((1, 300, 37, 21, 9, 75), (3, 300, 37, 21, 9, 75), (37, 192, 150, 100, 30, 64),
-          (64, 768, 3352, 1792, 1536, 768), (64, 1536, 80, 16, 0, 512))  # fmt: skip
+          (61, 768, 3352, 1792, 1536, 768), (64, 1536, 80, 16, 0, 512))  # fmt: skip
 # rows, heads, channels of a head, states, groups: the last ones walk through tiles of the state.
 STEPS = ((3, 3, 40, 24, 1), (64, 24, 64, 128, 1), (61, 24, 64, 100, 2), (64, 20, 48, 70, 4))
 
@@ -109,15 +110,23 @@ def linear_steps(device: torch.device) -> None:
         draw = functools.partial(torch.randn, device=device, dtype=dtype)
         for rows, size, outputs, channels, first, width in LINEAR:
             weight, norm = draw(outputs, size) / 8, draw(size)
-            x, residual = draw(rows, size), draw(rows, outputs)
             conv = {"conv_state": draw(rows, 3, channels), "conv_weight": draw(channels, 4),
                     "conv_bias": draw(channels), "conv_first": first}  # fmt: skip
-            norm_linear(x, weight, norm_weight=norm, eps=1e-5, **conv, impl="triton")
-            norm_linear(x, weight, norm_weight=norm, eps=1e-5, group_size=width, residual=residual,
-                        impl="triton")  # fmt: skip
-            norm_linear(draw(rows, 2 * size), weight, draw(outputs), gated=True, impl="triton")
+            x, residual = draw(rows, size), draw(rows, outputs)
+            if rows <= MOST_ROWS:
+                norm_linear(x, weight, norm_weight=norm, eps=1e-5, **conv, impl="triton")
+                norm_linear(x, weight, norm_weight=norm, eps=1e-5, group_size=width,
+                            residual=residual, impl="triton")  # fmt: skip
+                norm_linear(draw(rows, 2 * size), weight, draw(outputs), gated=True, impl="triton")
+            elif dtype == torch.bfloat16:
+                squares = torch.rand(rows, 5, device=device)
+                rows_linear(x, weight, draw(outputs), squares=squares, **conv, impl="triton")
+                shares = rows_linear(x, weight, squares=squares, shares=True, impl="triton")
+                shares_linear(shares, draw(width, min(outputs, 48) - 11), impl="triton")
+                shares_norm(shares, residual.float(), draw(outputs), eps=1e-5, dtype=dtype,
+                            impl="triton")  # fmt: skip
     torch.cuda.synchronize()
-    print(f"norm_linear: {6 * len(LINEAR)} calls", flush=True)
+    print(f"linear_steps: {len(LINEAR)} shapes", flush=True)
 
 
 def mamba_steps(device: torch.device) -> None:
@@ -128,14 +137,16 @@ def mamba_steps(device: torch.device) -> None:
             width = heads * size
             channels = width + 2 * groups * states
             for per_channel, convolved in ((False, True), (True, True), (False, False)):
+                state = draw(rows, heads, size, states, dtype=state_dtype)
+                sums = squares_of_rows(state, groups) if convolved and groups == 1 else 0
+                squares = torch.empty(rows, sums, device=device) if sums else None
                 mamba2_step(
                     draw(rows, width + channels + heads), draw(rows, 3, channels),
-                    draw(rows, heads, size, states, dtype=state_dtype),
-                    torch.zeros(rows, groups, dtype=torch.int32, device=device),
+                    state, torch.zeros(rows, groups, dtype=torch.int32, device=device),
                     conv_weight=draw(channels, 4), conv_bias=draw(channels), dt_bias=draw(heads),
                     A_log=draw(heads), D=draw(width if per_channel else heads), n_groups=groups,
-                    norm_weight=None if convolved else draw(width), norm_eps=1e-5,
-                    convolved=convolved, impl="triton",
+                    norm_weight=draw(width) if sums or not convolved else None, norm_eps=1e-5,
+                    convolved=convolved, squares=squares, impl="triton",
                 )  # fmt: skip
             rank = size - 3
             low = draw(rows, rank + 2 * states)
@@ -152,7 +163,7 @@ def mamba_steps(device: torch.device) -> None:
 OTHERS = {
     "moe_experts": experts,
     "interval_attention": attention,
-    "norm_linear": linear_steps,
+    "linear_steps": linear_steps,
     "mamba_steps": mamba_steps,
 }
 

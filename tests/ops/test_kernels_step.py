@@ -9,9 +9,10 @@ from ssm_hf.ops.causal_conv1d.step import causal_conv1d_step_
 from ssm_hf.ops.dispatch import ImplementationUnavailableError
 from ssm_hf.ops.norm_linear import MOST_ROWS, norm_linear
 from ssm_hf.ops.norm_linear import launch as linear_launch
+from ssm_hf.ops.rows_linear import rows_linear, shares_linear, shares_norm
 from ssm_hf.ops.selective_scan.step import mamba1_step
 from ssm_hf.ops.ssd import step_launch
-from ssm_hf.ops.ssd.step import mamba2_step
+from ssm_hf.ops.ssd.step import mamba2_step, squares_of_rows
 from tests.helpers import kernel_device, relative_error
 
 DEVICE = kernel_device()
@@ -208,6 +209,112 @@ def test_mamba2_step_of_many_rows_equals_torch(case: dict, monkeypatch: pytest.M
     _check(results, BF16 if "state_dtype" in case else FP32, state)
 
 
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+def test_mamba2_step_leaves_the_factor_of_the_norm(
+    state_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "processors", lambda device: 2)
+    case = {"batch": 5, "head_dim": 32, "convolved": True, "state_dtype": state_dtype}
+    tensors, options = _mamba2_case(**case)
+    sums = squares_of_rows(tensors["ssm_state"], 1)
+    assert sums
+    tensors["squares"] = torch.empty(5, sums, device=DEVICE)
+    (y, state, squares), wanted = _both(mamba2_step, tensors, ("ssm_state", "squares"), **options)
+    results = [[y, state, squares.sum(1)], [*wanted[:2], wanted[2].sum(1)]]
+    tolerance = BF16 if state_dtype == torch.bfloat16 else FP32
+    _check(results, tolerance, tolerance, tolerance)
+    # With the factor it is the norm.
+    del tensors["squares"]
+    normed = _both(mamba2_step, tensors, (), **options)[1][0]
+    y *= torch.rsqrt(squares.sum(1, keepdim=True) / y.shape[1] + options["norm_eps"])
+    assert relative_error(y, normed) < tolerance
+
+
+@pytest.mark.parametrize("change", [{"norm": None}, {"groups": 2}, {"convolved": False}])
+def test_squares_are_of_one_norm_over_all(change: dict) -> None:
+    tensors, options = _mamba2_case(**{"convolved": True, **change})
+    tensors["squares"] = torch.empty(3, 1, device=DEVICE)
+    with pytest.raises(ValueError, match="squares are of convolved input"):
+        mamba2_step(**tensors, **options)
+
+
+# What kernels on a GPU take; the interpreter has fp32 beside it, where sums are exact to 24 bits.
+WIDTHS = (torch.float16,) if DEVICE.type == "cuda" else (torch.float32, torch.float16)
+SOME = {
+    "plain": {},
+    "bias": {"bias": True},
+    "norm": {"squares": True},
+    "conv": {"conv": True, "bias": True, "squares": True},
+    "shares": {"shares": True},
+    "shares, norm": {"shares": True, "squares": True},
+}
+
+
+@pytest.mark.parametrize("dtype", WIDTHS)
+@pytest.mark.parametrize("rows", [3, 37, 64])
+@pytest.mark.parametrize("case", SOME.values(), ids=SOME)
+def test_rows_linear_equals_torch(case: dict, rows: int, dtype: torch.dtype) -> None:
+    size, outputs, channels = 200, 37, 21
+    tensors = {"x": _draw(rows, size, dtype=dtype)}
+    tensors["weight"] = 0.1 * _draw(outputs, size, dtype=dtype)
+    options = {"eps": 1e-5, "shares": case.get("shares", False)}
+    if case.get("bias"):
+        tensors["bias"] = _draw(outputs, dtype=dtype)
+    if case.get("squares"):
+        tensors["squares"] = _draw(rows, 3).square() * 100
+    in_place: tuple[str, ...] = ()
+    if case.get("conv"):
+        tensors |= {"conv_state": _draw(rows, 3, channels, dtype=dtype)}
+        tensors |= {"conv_weight": _draw(channels, 4, dtype=dtype)}
+        tensors["conv_bias"] = _draw(channels, dtype=dtype)
+        options["conv_first"] = 9
+        in_place = ("conv_state",)
+    results = _both(rows_linear, tensors, in_place, **options)
+    if options["shares"]:
+        assert results[0][0].shape[0] > 1
+        assert results[0][0].dtype == torch.float32
+        for result in results:
+            result[0] = result[0].sum(0)
+    # Shares are not rounded; what is returned in 16 bits is, once.
+    rounded = BF16 if dtype == torch.float16 else FP32
+    _check(results, FP32 if options["shares"] else rounded, *(rounded for _ in in_place))
+
+
+@pytest.mark.parametrize("rows", [3, 50])
+def test_sums_of_shares_equal_torch(rows: int) -> None:
+    dtype = WIDTHS[0]
+    shares = _draw(4, rows, 5 + 9)
+    tensors = {"shares": shares, "weight": _draw(37, 5, dtype=dtype)}
+    got, wanted = (
+        shares_linear(**{n: t.to(d or t.dtype) for n, t in tensors.items()}, impl=impl)
+        for impl, d in (("triton", None), ("reference", torch.float64))
+    )
+    # The sum is rounded to the weight's dtype before the product.
+    _check([[*got], [*wanted]], BF16 if dtype == torch.float16 else FP32, FP32)
+    tensors = {"shares": _draw(4, rows, 70), "stream": _draw(rows, 70)}
+    tensors["weight"] = _draw(70, dtype=dtype)
+    got, wanted = (
+        shares_norm(**{n: t.to(d or t.dtype) for n, t in tensors.items()}, impl=impl, eps=1e-5,
+                    dtype=d or torch.float32)
+        for impl, d in (("triton", None), ("reference", torch.float64))
+    )  # fmt: skip
+    _check([[*got], [*wanted]], FP32, FP32)
+
+
+def test_rows_linear_says_what_disagrees() -> None:
+    x, weight = _draw(3, 8), _draw(4, 8)
+    with pytest.raises(ValueError, match=r"weight \(O, K\).*\(3, 8\) and \(4, 7\)"):
+        rows_linear(x, weight[:, 1:])
+    with pytest.raises(ValueError, match="without bias"):
+        rows_linear(x, weight, weight[:, 0], shares=True)
+    with pytest.raises(ImplementationUnavailableError, match=r"fp64.*reference"):
+        rows_linear(x.double(), weight.double(), impl="triton")
+    with pytest.raises(ValueError, match=r"shares must have shape \(S, B, K \+ L\)"):
+        shares_linear(x, weight)
+    with pytest.raises(ValueError, match="disagree"):
+        shares_norm(x[None], x, weight, eps=1e-5, dtype=torch.float32)
+
+
 LINEAR = {
     "plain": {},
     "bias": {"bias": True},
@@ -219,7 +326,7 @@ LINEAR = {
 }
 
 
-@pytest.mark.parametrize(("rows", "walked"), [(1, False), (2, True), (3, False), (37, False)])
+@pytest.mark.parametrize(("rows", "walked"), [(1, False), (2, True)])
 @pytest.mark.parametrize("case", LINEAR.values(), ids=LINEAR)
 def test_norm_linear_equals_torch(
     case: dict, rows: int, walked: bool, monkeypatch: pytest.MonkeyPatch
@@ -242,33 +349,7 @@ def test_norm_linear_equals_torch(
         tensors["conv_bias"] = _draw(channels)
         options["conv_first"] = 9
         in_place = ("conv_state",)
-    results = _both(norm_linear, tensors, in_place, **options)
-    # From three rows on the matrix units of a GPU form products in three parts of 11 bits.
-    tolerance = FP32 if rows < 3 else 5e-6
-    _check(results, tolerance, *(tolerance for _ in in_place))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("case", ["groups", "gated", "conv"])
-def test_norm_linear_of_many_rows_in_16_bits(case: str, dtype: torch.dtype) -> None:
-    rows, size, outputs, channels = 60, 192, 150, 100
-    tensors = {
-        "x": _draw(rows, size * (2 if case == "gated" else 1)),
-        "weight": 0.1 * _draw(outputs, size, dtype=dtype),
-        "residual": _draw(rows, outputs, dtype=dtype),
-    }
-    options = {"eps": 1e-5, "gated": case == "gated", "out_dtype": torch.float32}
-    in_place: tuple[str, ...] = ()
-    if case == "groups":
-        tensors["norm_weight"] = _draw(size, dtype=dtype)
-        options["group_size"] = 64
-    if case == "conv":
-        in_place = ("conv_state",)
-        tensors |= {"conv_state": _draw(rows, 3, channels, dtype=dtype)}
-        tensors |= {"conv_weight": _draw(channels, 4, dtype=dtype)}
-        options["conv_first"] = 30
-    # x is rounded to the weight's dtype, which is all that a bf16 product loses.
-    _check(_both(norm_linear, tensors, in_place, **options), BF16, *(BF16 for _ in in_place))
+    _check(_both(norm_linear, tensors, in_place, **options), FP32, *(FP32 for _ in in_place))
 
 
 def test_norm_linear_reads_bf16_weights_and_writes_the_asked_dtype() -> None:
@@ -287,7 +368,7 @@ def test_norm_linear_reads_bf16_weights_and_writes_the_asked_dtype() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="there is no CUDA device")
-@pytest.mark.parametrize("batch", [1, 40])
+@pytest.mark.parametrize("batch", [1, 40, 64])
 def test_overlapping_kernels_change_nothing(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers of three kernels, each of which may begin before the one in front of it has ended."""
     size, heads, layers = 256, 4, 12
@@ -306,9 +387,26 @@ def test_overlapping_kernels_change_nothing(batch: int, monkeypatch: pytest.Monk
         monkeypatch.setattr(launch, "OVERLAP", overlap)
         torch.manual_seed(0)
         x = _draw(batch, size)
+        beginning = torch.empty_like(x)
         states = [{n: c[n].clone() for n in ("conv_state", "ssm_state")} for c in cases]
 
-        def step() -> None:
+        def rows_step() -> None:
+            # A launch without overlap stands between two steps.
+            beginning.copy_(x)
+            stream, y = beginning, x.to(torch.bfloat16)
+            for case, state, (inner, outer) in zip(cases, states, weights, strict=True):
+                given = {n: t for n, t in case.items() if n not in ("proj", "norm_weight")} | state
+                proj = rows_linear(
+                    y, inner, conv_state=state["conv_state"], conv_weight=case["conv_weight"],
+                    conv_bias=case["conv_bias"], conv_first=width, overlap=True,
+                )  # fmt: skip
+                out = mamba2_step(proj, **given, **options)
+                shares = rows_linear(out, outer, shares=True, overlap=True)
+                y, stream = shares_norm(shares, stream, norm, eps=1e-5, dtype=torch.bfloat16,
+                                        overlap=True)  # fmt: skip
+            x.copy_(stream / stream.norm())
+
+        def vector_step() -> None:
             y = x
             for case, state, (inner, outer) in zip(cases, states, weights, strict=True):
                 given = {n: t for n, t in case.items() if n not in ("proj", "norm_weight")} | state
@@ -321,6 +419,7 @@ def test_overlapping_kernels_change_nothing(batch: int, monkeypatch: pytest.Monk
                 y = norm_linear(out, outer, residual=y, overlap=True)
             x.copy_(y / y.norm())
 
+        step = vector_step if batch <= MOST_ROWS else rows_step
         step()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

@@ -70,7 +70,7 @@ class FusedSelection(Selection):
         self.top_k.fill_(recipe.top_k)
 
     def choose(self, logits: Tensor) -> None:
-        """Take the next tokens by logits (B, V) fp32 and note them everywhere."""
+        """Take the next tokens by logits (B, V) of any float dtype and note them everywhere."""
         recipe = self.recipe
         batch, vocabulary = logits.shape
         logits = logits if logits.stride(1) == 1 else logits.contiguous()

@@ -36,6 +36,7 @@ def scores_kernel(
     token = part * BLOCK + tl.arange(0, BLOCK)
     inside = token < vocabulary
     score = tl.load(logits_ptr + row * stride_logits + token, mask=inside, other=float("-inf"))
+    score = score.to(tl.float32)
     at = row * vocabulary + token
     if PENALTY:
         seen = tl.load(seen_ptr + at, mask=inside, other=0) != 0

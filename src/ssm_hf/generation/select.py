@@ -198,7 +198,8 @@ class Selection:
                 setattr(self, name, value)
 
     def choose(self, logits: Tensor) -> None:
-        """Take the next tokens by logits (B, V) fp32 and note them everywhere."""
+        """Take the next tokens by logits (B, V) of any float dtype and note them everywhere."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         recipe = self.recipe
         scores = self._scores(logits)
         token = self._draw(scores) if recipe.sample else scores.argmax(dim=-1)

@@ -19,7 +19,7 @@ from ssm_hf.generation.graphs import (
     why_no_graph,
 )
 
-# (token numbers (B, 1), cache) -> logits (B, V) in fp32
+# (token numbers (B, 1), cache) -> logits (B, V) of any float dtype
 NextLogits = Callable[[Tensor, RecurrentCache], Tensor]
 
 
@@ -55,7 +55,8 @@ class Session:
     def next_logits(
         self, tokens: Tensor, cache: RecurrentCache, compute: NextLogits
     ) -> Tensor | None:
-        """Logits (B, V) after tokens (B, 1), from a captured step; None where there is none."""
+        """Logits (B, V) after tokens (B, 1), in fp32 or wider, from a captured step; None where
+        there is none."""
         capture = self.capture_for(cache)
         if capture is None or not self.prefilled:
             return None
@@ -69,7 +70,8 @@ class Session:
             return None
         cache.seen_tokens += 1
         assert static.logits is not None
-        return static.logits.clone()
+        wide = torch.promote_types(static.logits.dtype, torch.float32)
+        return static.logits.to(wide, copy=True)
 
     def capture_for(self, cache: RecurrentCache, tokens: int = 1) -> Capture | None:
         """The capture that holds the content of `cache` until the session is closed.

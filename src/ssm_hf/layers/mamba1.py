@@ -1,6 +1,6 @@
 """Mamba-1's mixer (Gu and Dao 2023)."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from ssm_hf.ops.causal_conv1d.step import causal_conv1d_step_
 from ssm_hf.ops.mamba1_mix import mamba1_mix
 from ssm_hf.ops.norm_linear import few_rows, norm_linear
 from ssm_hf.ops.packing import compute_dtype
+from ssm_hf.ops.rows_linear import rows_linear, shares_linear, some_rows
 from ssm_hf.ops.selective_scan.step import mamba1_step
 from ssm_hf.sequence import SequenceInfo
 
@@ -243,17 +244,33 @@ class Mamba1Mixer(Mixer):
         stream: Tensor | None,
         norm: nn.Module,
         past_key_values: RecurrentCache,
-    ) -> Tensor | None:
-        """Four kernels: norm, in_proj and convolution; x_proj; dt_proj and scan; out_proj, sum."""
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Of one or two rows four kernels: norm, in_proj and convolution; x_proj; dt_proj and scan;
+        out_proj, sum. Of some rows six: norm; in_proj and convolution; x_proj; dt_proj; the scan;
+        out_proj."""
+        some = (
+            some_rows(update, self.in_proj.weight)
+            and self.out_proj.bias is None
+            and self.dt_layernorm is None
+        )
         if not (
             type(norm) is ResidualNorm
-            and few_rows(update, self.in_proj.weight)
+            and (some or few_rows(update, self.in_proj.weight))
             and all_plain(norm, self.in_proj, self.conv1d, self.x_proj, self.dt_proj, self.out_proj)
         ):
             return None
-        layer, state = self._layer(past_key_values, update[:, :0].to(self.in_proj.weight.dtype))
-        if not is_plain_step(update, SequenceInfo(), layer):
+        batch = update.new_empty(update.shape[-3], 0, dtype=self.in_proj.weight.dtype)
+        layer, state = self._layer(past_key_values, batch)
+        if not is_plain_step(update if update.ndim == 3 else update[0], SequenceInfo(), layer):
             return None
+        conv = {
+            "conv_state": state["conv_state"],
+            "conv_weight": self.conv1d.weight[:, 0],
+            "conv_bias": self.conv1d.bias,
+        }
+        if some:
+            normed, stream = norm(update, stream)
+            return self._rows_step(normed[:, 0], state["ssm_state"], conv), stream
         x = update if stream is None else stream + update
         proj = norm_linear(
             x[:, 0],
@@ -261,9 +278,7 @@ class Mamba1Mixer(Mixer):
             self.in_proj.bias,
             norm_weight=norm.weight,
             eps=norm.eps,
-            conv_state=state["conv_state"],
-            conv_weight=self.conv1d.weight[:, 0],
-            conv_bias=self.conv1d.bias,
+            **conv,
             out_dtype=torch.float32,
             overlap=True,
         )
@@ -283,7 +298,28 @@ class Mamba1Mixer(Mixer):
             overlap=True,
         )
         y = norm_linear(y, self.out_proj.weight, self.out_proj.bias, residual=x[:, 0], overlap=True)
-        return y[:, None]
+        return y[:, None], None
+
+    def _rows_step(self, normed: Tensor, state: Tensor, conv: dict[str, Any]) -> Tensor:
+        """Shares (S, B, 1, D) of the output for normed rows (B, D); the states change in place."""
+        proj = rows_linear(normed, self.in_proj.weight, self.in_proj.bias, **conv, overlap=True)
+        hidden, z = proj.chunk(2, dim=-1)
+        shares = rows_linear(hidden, self.x_proj.weight, shares=True, overlap=True)
+        dt, rest = shares_linear(shares, self.dt_proj.weight, overlap=True)
+        B, C = rest.chunk(2, dim=-1)
+        y = mamba1_step(
+            hidden,
+            dt,
+            B,
+            C,
+            z,
+            state,
+            A_log=self.A_log,
+            D=self.D,
+            dt_bias=self.dt_proj.bias,
+            overlap=True,
+        )
+        return rows_linear(y, self.out_proj.weight, shares=True, overlap=True)[:, :, None]
 
 
 def _replay(state: State, inputs: dict[str, Tensor], constants: dict[str, Tensor]) -> State:

@@ -1,6 +1,6 @@
 """Mamba-2's mixer (Dao and Gu 2024)."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +27,10 @@ from ssm_hf.layers.mixer import (
 from ssm_hf.layers.norm import ResidualNorm, RMSNorm
 from ssm_hf.ops import ssd
 from ssm_hf.ops.mamba2_mix import mamba2_mix
-from ssm_hf.ops.norm_linear import MOST_ROWS, few_rows, norm_linear
+from ssm_hf.ops.norm_linear import few_rows, norm_linear
 from ssm_hf.ops.packing import compute_dtype
-from ssm_hf.ops.ssd.step import mamba2_step
+from ssm_hf.ops.rows_linear import rows_linear, some_rows
+from ssm_hf.ops.ssd.step import mamba2_step, squares_of_rows
 from ssm_hf.ops.step_size import step_size
 from ssm_hf.sequence import SequenceInfo
 
@@ -163,7 +164,7 @@ class Mamba2Mixer(Mixer):
         )
         layer, state = self._layer(past_key_values, conv_in)
         if layer is not None and is_plain_step(x, seq, layer) and all_plain(self.conv1d, self.norm):
-            return self.out_proj(self._step(proj[:, 0], layer, self.norm)[:, None])
+            return self.out_proj(self._step(proj[:, 0], layer, **self._norm_options())[:, None])
         if layer is None and self._can_mix():
             return self._mix(proj, seq)
         keep = layer is not None
@@ -244,9 +245,7 @@ class Mamba2Mixer(Mixer):
         )
         return mixed if whole else out(mixed)
 
-    def _step(
-        self, proj: Tensor, layer: RecurrentLayer, norm: RMSNorm | None, fused: bool = False
-    ) -> Tensor:
+    def _step(self, proj: Tensor, layer: RecurrentLayer, **options: Any) -> Tensor:
         """Everything between the projections for one token, proj (B, in_size) -> (B, I)."""
         return mamba2_step(
             proj,
@@ -260,12 +259,18 @@ class Mamba2Mixer(Mixer):
             D=self.D,
             n_groups=self.n_groups,
             dt_limit=self.time_step_limit,
-            norm_weight=None if norm is None else norm.weight,
-            norm_eps=0.0 if norm is None else norm.eps,
-            norm_before_gate=norm is not None and norm.norm_before_gate,
-            convolved=fused,
-            overlap=fused,
+            **options,
         )
+
+    def _norm_options(self) -> dict[str, Any]:
+        """The step's norm."""
+        if self.norm is None:
+            return {}
+        return {
+            "norm_weight": self.norm.weight,
+            "norm_eps": self.norm.eps,
+            "norm_before_gate": self.norm.norm_before_gate,
+        }
 
     def residual_step(
         self,
@@ -273,23 +278,32 @@ class Mamba2Mixer(Mixer):
         stream: Tensor | None,
         norm: nn.Module,
         past_key_values: RecurrentCache,
-    ) -> Tensor | None:
-        """Three kernels: norm, in_proj and convolution; the scan; norm, out_proj and sum."""
-        kept = past_key_values.layers[self.layer_idx].state_dtype
-        # With states of 32 bits these take the time, and the norm in the scan's kernel is free.
-        most = MOST_ROWS if kept is not None and kept.itemsize == 2 else 16
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Of one or two rows three kernels: norm, in_proj and convolution; the scan; norm, out_proj
+        and sum. Of some rows four: norm; in_proj and convolution; the scan; norm and out_proj."""
+        some = some_rows(update, self.in_proj.weight) and self.out_proj.bias is None
         if not (
             type(norm) is ResidualNorm
-            and few_rows(update, self.in_proj.weight, most)
+            and (some or few_rows(update, self.in_proj.weight))
             and all_plain(norm, self.in_proj, self.conv1d, self.norm, self.out_proj)
             and self.mlp_size == 0
             and not (self.norm is not None and self.norm.norm_before_gate)
         ):
             return None
-        layer, state = self._layer(past_key_values, update[:, :0].to(self.in_proj.weight.dtype))
-        if not is_plain_step(update, SequenceInfo(), layer):
+        batch = update.new_empty(update.shape[-3], 0, dtype=self.in_proj.weight.dtype)
+        layer, state = self._layer(past_key_values, batch)
+        if not is_plain_step(update if update.ndim == 3 else update[0], SequenceInfo(), layer):
             return None
         assert layer is not None
+        conv = {
+            "conv_state": state["conv_state"],
+            "conv_weight": self.conv1d.weight[:, 0],
+            "conv_bias": self.conv1d.bias,
+            "conv_first": self.ssm_size,
+        }
+        if some:
+            normed, stream = norm(update, stream)
+            return self._rows_step(normed[:, 0], layer, conv), stream
         x = update if stream is None else stream + update
         proj = norm_linear(
             x[:, 0],
@@ -297,14 +311,11 @@ class Mamba2Mixer(Mixer):
             self.in_proj.bias,
             norm_weight=norm.weight,
             eps=norm.eps,
-            conv_state=state["conv_state"],
-            conv_weight=self.conv1d.weight[:, 0],
-            conv_bias=self.conv1d.bias,
-            conv_first=self.ssm_size,
+            **conv,
             out_dtype=torch.float32,
             overlap=True,
         )
-        y = self._step(proj, layer, None, fused=True)
+        y = self._step(proj, layer, convolved=True, overlap=True)
         scan_norm = self.norm
         y = norm_linear(
             y,
@@ -316,7 +327,23 @@ class Mamba2Mixer(Mixer):
             residual=x[:, 0],
             overlap=True,
         )
-        return y[:, None]
+        return y[:, None], None
+
+    def _rows_step(self, normed: Tensor, layer: RecurrentLayer, conv: dict[str, Any]) -> Tensor:
+        """Shares (S, B, 1, D) of the output for normed rows (B, D); the states change in place."""
+        proj = rows_linear(normed, self.in_proj.weight, self.in_proj.bias, **conv, overlap=True)
+        state, squares = layer.state["ssm_state"], None
+        if self.norm is not None and self.n_groups == 1 and squares_of_rows is not None:
+            sums = squares_of_rows(state, self.n_groups)
+            squares = proj.new_empty(len(proj), sums, dtype=torch.float32) if sums else None
+        y = self._step(
+            proj, layer, convolved=True, overlap=True, squares=squares, **self._norm_options()
+        )
+        eps = 0.0 if self.norm is None else self.norm.eps
+        shares = rows_linear(
+            y, self.out_proj.weight, squares=squares, eps=eps, shares=True, overlap=True
+        )
+        return shares[:, :, None]
 
 
 def _replay(state: State, inputs: dict[str, Tensor], constants: dict[str, Tensor]) -> State:

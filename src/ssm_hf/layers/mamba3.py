@@ -296,7 +296,7 @@ class Mamba3Mixer(Mixer):
         stream: Tensor | None,
         norm: nn.Module,
         past_key_values: RecurrentCache,
-    ) -> Tensor | None:
+    ) -> tuple[Tensor, None] | None:
         """Three kernels: norm and in_proj; the scan; out_proj and sum."""
         if not (
             type(norm) is ResidualNorm
@@ -320,7 +320,8 @@ class Mamba3Mixer(Mixer):
         )
         y = self._step(proj, layer, overlap=True)
         out = self.out_proj
-        return norm_linear(y, out.weight, out.bias, residual=x, overlap=True)[:, None]
+        y = norm_linear(y, out.weight, out.bias, residual=x, overlap=True)
+        return y[:, None], None
 
     def _norm_and_gate(self, y: Tensor, z: Tensor) -> Tensor:
         """y (B, T, H, P), or (B, T, R, H, P) of several streams, normed and then gated by z."""

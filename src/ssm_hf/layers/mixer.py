@@ -43,10 +43,12 @@ class Sublayer(nn.Module):
         stream: Tensor | None,
         norm: nn.Module,
         past_key_values: RecurrentCache,
-    ) -> Tensor | None:
-        """x + self(norm(x)) of x = stream + update (B, 1, D) on top of a state, in few kernels.
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """An update and a stream whose sum is x + self(norm(x)), x = stream + update (B, 1, D), on
+        top of a state, in few kernels.
 
-        None where a fused path does not apply; `forward` then does the same.
+        Without a stream the first is the sum; with one it may be shares (S, B, 1, D), which the
+        next norm adds up. None where a fused path does not apply; `forward` then does the same.
         """
         return None
 

@@ -80,7 +80,7 @@ class GatedMLP(Sublayer):
         stream: Tensor | None,
         norm: nn.Module,
         past_key_values: RecurrentCache,
-    ) -> Tensor | None:
+    ) -> tuple[Tensor, None] | None:
         """Two kernels: norm and fc1; gate, fc2 and sum."""
         if not (
             type(norm) is ResidualNorm
@@ -98,4 +98,5 @@ class GatedMLP(Sublayer):
             out_dtype=torch.float32,
             overlap=True,
         )
-        return norm_linear(u, self.fc2.weight, gated=True, residual=x, overlap=True)[:, None]
+        y = norm_linear(u, self.fc2.weight, gated=True, residual=x, overlap=True)
+        return y[:, None], None

@@ -6,6 +6,7 @@ from transformers import initialization as init
 
 from ssm_hf.layers.linear import linear_dtype
 from ssm_hf.ops import add_rms_norm, rms_norm
+from ssm_hf.ops.rows_linear import shares_norm
 
 
 class RMSNorm(nn.Module):
@@ -54,9 +55,19 @@ class ResidualNorm(RMSNorm):
     ) -> tuple[Tensor, Tensor]:
         """(..., size) each -> norm(stream + update) for the next sublayer, stream + update.
 
-        Without a stream the update is its beginning. The norm is returned in the dtype that the
-        next sublayer's linear layers compute in: autocast's, else the weight's.
+        Without a stream the update is its beginning; a fused step may leave it as shares (S, B, 1,
+        D) of a sum. The norm is returned in the dtype that the next sublayer's linear layers
+        compute in: autocast's, else the weight's.
         """
-        return add_rms_norm(
-            update, stream, self.weight, eps=self.eps, dtype=linear_dtype(self.weight)
-        )
+        dtype = linear_dtype(self.weight)
+        if update.ndim == 4 and stream is not None:
+            normed, stream = shares_norm(
+                update[:, :, 0],
+                stream[:, 0],
+                self.weight,
+                eps=self.eps,
+                dtype=dtype,
+                overlap=True,
+            )
+            return normed[:, None], stream[:, None]
+        return add_rms_norm(update, stream, self.weight, eps=self.eps, dtype=dtype)

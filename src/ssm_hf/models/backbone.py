@@ -44,12 +44,12 @@ def residual(
     """One sublayer on the residual stream: x + sublayer(norm(x)) with x = stream + update.
 
     The last addition is left to the next norm, which reads both anyway: returned are the
-    sublayer's output, the new update, and x, which keeps the stream's dtype. A fused step adds at
-    once and returns the sum as the beginning of a stream.
+    sublayer's output, the new update, and x, which keeps the stream's dtype. A fused step may add
+    at once and return the sum as the beginning of a stream, or leave the update as shares.
     """
     stepped = _fused_step(update, stream, norm, sublayer, *args)
     if stepped is not None:
-        return stepped, None
+        return stepped
     passed = _fused_pass(update, stream, norm, sublayer, *args)
     if passed is not None:
         return passed
@@ -73,9 +73,9 @@ def _fused_step(
     sublayer: nn.Module,
     seq: SequenceInfo,
     past_key_values: RecurrentCache | None = None,
-) -> Tensor | None:
+) -> tuple[Tensor, Tensor | None] | None:
     """The whole of `residual` for one token, where the sublayer can do it in a few kernels."""
-    if past_key_values is None or update.shape[1] != 1 or seq.mask is not None:
+    if past_key_values is None or update.shape[-2] != 1 or seq.mask is not None:
         return None
     if not isinstance(sublayer, Sublayer) or not has_own_forward(sublayer):
         return None
@@ -313,7 +313,8 @@ class BackboneMixin:
             if decision:
                 decisions.append(tuple(decision))
             if output_hidden_states:
-                outputs.append(update if stream is None else (stream + update).to(stream.dtype))
+                whole = update if update.ndim == 3 else update.sum(dim=0)
+                outputs.append(whole if stream is None else (stream + whole).to(stream.dtype))
         x, _ = final_norm(update, stream)
         if output_hidden_states:
             outputs.append(x)

@@ -362,7 +362,8 @@ class GeneratingMixin:
         )
 
     def _next_logits(self: Any, tokens: Tensor, cache: RecurrentCache) -> Tensor:
-        """Logits (B, V) fp32 after real tokens (B, 1); nothing in it waits for the device."""
+        """Logits (B, V) after real tokens (B, 1), as the head gives them; nothing in it waits for
+        the device."""
         embed, blocks, norm = self.base_model._parts()
         head = self.get_output_embeddings()
         update, stream = embed(tokens), None
@@ -381,8 +382,7 @@ class GeneratingMixin:
                 overlap=True,
             )
         hidden, _ = norm(update, stream)
-        logits = head(hidden[:, -1].to(head.weight.dtype))
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return head(hidden[:, -1].to(head.weight.dtype))
 
 
 def _new_tokens(input_ids: Tensor, model_kwargs: dict[str, Any]) -> Tensor:

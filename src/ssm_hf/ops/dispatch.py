@@ -29,6 +29,7 @@ OPERATORS = (
     "norm_linear",
     "norm_proj",
     "rms_norm",
+    "rows_linear",
     "selective_scan",
     "ssd",
 )

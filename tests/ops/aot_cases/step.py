@@ -9,6 +9,7 @@ from ssm_hf.generation.fused import FusedSelection
 from ssm_hf.generation.select import Recipe
 from ssm_hf.ops.causal_conv1d.step import causal_conv1d_step_
 from ssm_hf.ops.norm_linear import norm_linear
+from ssm_hf.ops.rows_linear import rows_linear, shares_linear, shares_norm
 from ssm_hf.ops.selective_scan.step import mamba1_step
 from ssm_hf.ops.ssd.step import mamba2_step
 
@@ -80,4 +81,15 @@ def aot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "choose-greedy", lambda: choose(Recipe())
     yield "choose-all", lambda: choose(recipe)
     yield "choose-top-p", lambda: choose(Recipe(sample=True, top_p=0.9))
-    yield "norm_linear-64", lambda: linear(64)
+
+    def some_rows() -> None:
+        conv = {"conv_state": _bf16(64, 3, 1792), "conv_weight": _bf16(1792, 4)}
+        x, squares = _bf16(64, 1536), torch.empty(64, 8)
+        rows_linear(_bf16(64, 768), _bf16(3352, 768), **conv, conv_first=1536, impl="triton")
+        shares = rows_linear(x, _bf16(768, 1536), squares=squares, shares=True, impl="triton")
+        shares_norm(shares, torch.empty(64, 768), _bf16(768), eps=1e-5, dtype=torch.bfloat16,
+                    impl="triton")  # fmt: skip
+        shares = rows_linear(x, _bf16(80, 1536), shares=True, impl="triton")
+        shares_linear(shares, _bf16(1536, 48), impl="triton")
+
+    yield "rows_linear", some_rows

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from ssm_hf.ops.dispatch import HAS_TRITON, pick, runs_kernels
-from ssm_hf.ops.launch import can_overlap
 from ssm_hf.ops.norm_linear.reference import norm_linear_torch
 from ssm_hf.ops.packing import in_given_precision
 
@@ -15,24 +14,19 @@ else:
 
 __all__ = ["MOST_ROWS", "few_rows", "norm_linear"]
 
-MOST_ROWS = 64
-# With more rows a library's matrix units win, but for 16-bit weights that are small enough for
-# launches to count, on Hopper and later, where kernels overlap.
-_FEW_ROWS, _SMALL = 2, 1 << 22
+# With more rows matrix units win.
+MOST_ROWS = 2
 
 
-def few_rows(x: Tensor, weight: Tensor, most_if_small: int = _FEW_ROWS) -> bool:
-    """Whether the kernels run for x (B, ...) and beat a library product and its neighbours.
+def few_rows(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernels run for x (..., B, 1, K) and beat a library product and its neighbours.
 
     Args:
         x: the rows.
         weight: (O, K) of the first product of a step.
-        most_if_small: rows up to which they do where the weight is small, by measurement.
     """
-    small = weight.itemsize == 2 and weight.numel() <= _SMALL and can_overlap(x.device)
-    most = most_if_small if small else _FEW_ROWS
     return (
-        x.shape[0] <= most
+        x.shape[-3] <= MOST_ROWS
         and weight.dtype != torch.float64
         and not torch.is_autocast_enabled(x.device.type)
         and runs_kernels("norm_linear", x.device)

@@ -7,21 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssm_hf.ops.launch import architecture, check_tensors, on_device, overlapping, tuned
-from ssm_hf.ops.norm_linear.kernels import (
-    norm_linear_kernel,
-    norm_linear_rows_kernel,
-    norm_linear_walk_kernel,
-)
+from ssm_hf.ops.launch import check_tensors, on_device, overlapping, tuned
+from ssm_hf.ops.norm_linear.kernels import norm_linear_kernel, norm_linear_walk_kernel
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # More outputs than this take several rounds of programs, as a vocabulary does.
 _TALL = 16384
 # From so many weights on, too many for the registers of a GPU, they are walked through; the rows
-# are held in their place, which few of them can be.
-_WALKED, _WALKED_ROWS = 1 << 23, 2
-# From so many rows on products run on matrix units.
-_MANY_ROWS = 3
+# are held in their place.
+_WALKED = 1 << 23
 
 
 @torch.library.custom_op("ssm_hf::norm_linear", mutates_args=("conv_state",))
@@ -63,20 +57,14 @@ def norm_linear_triton(
         if not conv_state.is_contiguous():
             raise ValueError("norm_linear: conv_state must be contiguous")
         taps, conv_weight = conv_weight.shape[1], conv_weight.contiguous()
-    name, kernel = _kernel_for(rows, outputs, size)
+    walked = outputs * size >= _WALKED
+    kernel: Any = norm_linear_walk_kernel if walked else norm_linear_kernel
+    name = "norm_linear_walk" if walked else "norm_linear"
     options: dict[str, Any] = {
-        **tuned(name, _size_class(weight) if rows < _MANY_ROWS else _many_class(weight), x.device),
+        **tuned(name, _size_class(weight), x.device),
         **overlapping(overlap, x.device),
     }
     programs = -(-outputs // (options["BLOCK_O"] * options.get("STEPS", 1)))
-    last: tuple[int, ...] = ()
-    if rows >= _MANY_ROWS:
-        options["BLOCK_R"] = min(options["BLOCK_R"], max(1 << (rows - 1).bit_length(), 16))
-        last = (rows, -(-rows // options["BLOCK_R"]))
-        programs *= last[1]
-        options |= _operands(weight)
-    else:
-        options["BATCH"] = rows
     with on_device(x):
         kernel[(programs,)](
             x,
@@ -96,7 +84,6 @@ def norm_linear_triton(
             conv_first,
             0 if conv_state is None else conv_state.shape[2],
             eps,
-            *last,
             SIZE_IN=size,
             GROUP_SIZE=group_size,
             NORM=norm_weight is not None,
@@ -105,6 +92,7 @@ def norm_linear_triton(
             RESIDUAL=residual is not None,
             TAPS=taps,
             CONV_BIAS=conv_bias is not None,
+            BATCH=rows,
             **options,
         )
     return out
@@ -128,30 +116,6 @@ def _(
     overlap: bool,
 ) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0], dtype=out_dtype)
-
-
-def _kernel_for(rows: int, outputs: int, size: int) -> tuple[str, Any]:
-    """The kernel, and its name in tuned.json."""
-    if rows >= _MANY_ROWS:
-        return "norm_linear_rows", norm_linear_rows_kernel
-    if outputs * size >= _WALKED and rows <= _WALKED_ROWS:
-        return "norm_linear_walk", norm_linear_walk_kernel
-    return "norm_linear", norm_linear_kernel
-
-
-def _operands(weight: Tensor) -> dict[str, Any]:
-    """How `norm_linear_rows_kernel` reads and multiplies."""
-    precision, where = "ieee", architecture(weight.device)
-    if where.startswith("sm"):
-        precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
-    # Triton's interpreter multiplies the bits of bf16 numbers as if they were integers.
-    wide = weight.dtype == torch.float32 or where == "cpu"
-    return {"WIDE": wide, "PRECISION": precision}
-
-
-def _many_class(weight: Tensor) -> str:
-    """fp32 weights take twice the shared memory."""
-    return "fp32" if weight.dtype == torch.float32 else _size_class(weight)
 
 
 def _size_class(weight: Tensor) -> str:

@@ -28,6 +28,7 @@ def mamba1_step_kernel(
     A = tl.exp(tl.load(A_log_ptr + at, mask=inside, other=0.0).to(tl.float32))
     if dt_bias_ptr is not None:
         dt_bias = tl.load(dt_bias_ptr + i, mask=i_inside, other=0.0).to(tl.float32)
+    D = tl.load(D_ptr + i, mask=i_inside, other=0.0).to(tl.float32)
     if BLOCK_R > 0:
         r = tl.arange(0, BLOCK_R)
         weight = tl.load(
@@ -49,6 +50,6 @@ def mamba1_step_kernel(
     h = h * tl.exp(-dt[:, None] * A) + (dt * x)[:, None] * B[None, :]
     tl.store(state_ptr + row * inner * states + at, h, mask=inside)
     y = tl.sum(h * C[None, :], axis=1)
-    y += tl.load(D_ptr + i, mask=i_inside, other=0.0).to(tl.float32) * x
+    y += D * x
     y *= silu(tl.load(z_ptr + row * stride_z + i, mask=i_inside, other=0.0).to(tl.float32))
     tl.store(y_ptr + row * stride_y + i, y, mask=i_inside)

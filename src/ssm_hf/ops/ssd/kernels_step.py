@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ssm_hf.ops.causal_conv1d.kernels_step import convolved, shift_window, silu
-from ssm_hf.ops.kernels_overlap import wait_for_previous
+from ssm_hf.ops.kernels_overlap import begin_next, wait_for_all, wait_for_previous
 
 
 @triton.jit
@@ -145,9 +145,10 @@ def mamba2_step_kernel(
 
 @triton.jit
 def mamba2_step_rows_kernel(
-    proj_ptr, ssm_state_ptr, dt_bias_ptr, A_log_ptr, D_ptr, out_ptr,
+    proj_ptr, ssm_state_ptr, dt_bias_ptr, A_log_ptr, D_ptr, norm_weight_ptr, squares_ptr, out_ptr,
     stride_proj, stride_out, heads, per_group, groups, channels, dt_low, dt_high,
     D_PER_CHANNEL: tl.constexpr,
+    NORM: tl.constexpr,  # scale by the norm's weight, and write down the sum of squares before it
     HEAD_DIM: tl.constexpr,
     STATES: tl.constexpr,
     TILES: tl.constexpr,
@@ -161,6 +162,7 @@ def mamba2_step_rows_kernel(
 
     Tiles of the state are fetched STAGES - 1 steps ahead: the loads never pause.
     """
+    begin_next(OVERLAP)
     row = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * (TILES * BLOCK_P)
     width = heads * HEAD_DIM
@@ -175,7 +177,7 @@ def mamba2_step_rows_kernel(
     A = -tl.exp(tl.load(A_log_ptr + h, mask=h_inside, other=0.0).to(tl.float32))
     if not D_PER_CHANNEL:
         D_of_heads = tl.load(D_ptr + h, mask=h_inside, other=0.0).to(tl.float32)
-    wait_for_previous(OVERLAP)
+    wait_for_all(OVERLAP)
 
     z_ptr = proj_ptr + row * stride_proj + first
     x_ptr = z_ptr + width
@@ -188,6 +190,7 @@ def mamba2_step_rows_kernel(
     decays = tl.exp(deltas * A)
     state = start + p[:, None] * STATES + n[None, :]
     out = out_ptr + row * stride_out + first + p
+    squares = tl.zeros([BLOCK_P], tl.float32)
     for tile in tl.range(0, TILES, num_stages=STAGES):
         at = tile * BLOCK_P
         S = tl.load(state + at * STATES, mask=n_inside[None, :], other=0.0)
@@ -203,4 +206,10 @@ def mamba2_step_rows_kernel(
         new = S.to(tl.float32) * decay + (delta * x)[:, None] * B[None, :]
         y = tl.sum(new * C[None, :], axis=1) + D * x
         tl.store(state + at * STATES, new, mask=n_inside[None, :])
-        tl.store(out + at, y * silu(z))
+        y *= silu(z)
+        if NORM:
+            squares += y * y
+            y *= tl.load(norm_weight_ptr + first + at + p).to(tl.float32)
+        tl.store(out + at, y)
+    if NORM:
+        tl.store(squares_ptr + row * tl.num_programs(0) + tl.program_id(0), tl.sum(squares))

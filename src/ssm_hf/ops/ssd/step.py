@@ -12,11 +12,11 @@ from ssm_hf.ops.ssd.reference import ssd_step
 from ssm_hf.ops.step_size import step_size
 
 if HAS_TRITON:
-    from ssm_hf.ops.ssd.step_launch import mamba2_step_triton
+    from ssm_hf.ops.ssd.step_launch import mamba2_step_triton, squares_of_rows
 else:
-    mamba2_step_triton = None
+    mamba2_step_triton = squares_of_rows = None
 
-__all__ = ["mamba2_step"]
+__all__ = ["mamba2_step", "squares_of_rows"]
 
 # One program holds all states of a channel, and at least one channel, in registers.
 _MOST_STATES = 1024
@@ -41,6 +41,7 @@ def mamba2_step(
     norm_before_gate: bool = False,
     convolved: bool = False,
     overlap: bool = False,
+    squares: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Convolution, step size, recurrence, skip, gate and norm of one token; states change in place.
@@ -64,6 +65,11 @@ def mamba2_step(
         convolved: x, B and C come through the convolution already; its state is not touched.
         overlap: what is read beside proj was not written by the kernel launched just
             before, so that it may be read while that one still runs.
+        squares: (B, Q) fp32 with Q = `squares_of_rows(ssm_state, n_groups)`, which is then not 0,
+            or None. It is given the sums of the squares of y silu(z), and the norm, after the gate
+            and over all channels, is left at its weight: the factor is for whoever reads the
+            result. For `convolved` input without an MLP; several kernels may begin before the ones
+            in front of them have ended, so that the rest must not have been written by any of them.
         impl: `"auto"`, `"reference"` or `"triton"`.
 
     Returns:
@@ -96,11 +102,19 @@ def mamba2_step(
         ("A_log", A_log, [(heads,)]),
         ("D", D, [(heads,), (width,)]),
         ("norm_weight", norm_weight, [(width,)]),
+        ("squares", squares, [(batch, 0 if squares is None else squares.shape[-1])]),
     ):
         if value is not None and value.shape not in shapes:
             raise ValueError(
                 f"{name} must have shape {' or '.join(map(str, shapes))}, got {tuple(value.shape)}"
             )
+    if squares is not None and (
+        norm_weight is None or norm_before_gate or not convolved or rest or n_groups > 1
+    ):
+        raise ValueError(
+            "squares are of convolved input without an MLP, of one norm over all channels after "
+            "the gate"
+        )
     unsupported = None
     if states > _MOST_STATES:
         unsupported = f"the kernel takes at most {_MOST_STATES} states, got {states}"
@@ -132,6 +146,7 @@ def mamba2_step(
         norm_before_gate,
         convolved,
         overlap,
+        squares,
     )
 
 
@@ -153,6 +168,7 @@ def mamba2_step_torch(
     norm_before_gate: bool,
     convolved: bool,
     overlap: bool,
+    squares: Tensor | None,
 ) -> Tensor:
     """The step in plain torch."""
     del tickets, overlap
@@ -175,6 +191,10 @@ def mamba2_step_torch(
     y = y.flatten(1)
     if norm_weight is None:
         y = y * F.silu(z.to(wide))
+    elif squares is not None:
+        y = y * F.silu(z.to(wide))
+        squares.zero_()[:, 0] = y.square().sum(1)
+        y = y * norm_weight.to(wide)
     else:
         y = rms_norm_torch(y, norm_weight, norm_eps, z, width // n_groups, norm_before_gate)
     if mlp:

@@ -40,7 +40,17 @@ def _tiles(
     return {**options, "TILES": tiles, "BLOCK_P": block_p, "BLOCK_N": block_n, "BLOCK_H": block_h}
 
 
-@torch.library.custom_op("ssm_hf::mamba2_step", mutates_args=("conv_state", "ssm_state", "tickets"))
+def squares_of_rows(state: Tensor, n_groups: int) -> int:
+    """Programs that walk through a row's tiles, each of which leaves one sum of squares; 0 where
+    the other kernel runs, for a state (B, H, P, N)."""
+    batch, heads, head_dim, states = state.shape
+    walked = _tiles(batch, heads, n_groups, head_dim, states, state)
+    return 0 if walked is None else heads * head_dim // (walked["TILES"] * walked["BLOCK_P"])
+
+
+@torch.library.custom_op(
+    "ssm_hf::mamba2_step", mutates_args=("conv_state", "ssm_state", "tickets", "squares")
+)
 def mamba2_step_triton(
     proj: Tensor,
     conv_state: Tensor,
@@ -59,6 +69,7 @@ def mamba2_step_triton(
     norm_before_gate: bool,
     convolved: bool,
     overlap: bool,
+    squares: Tensor | None,
 ) -> Tensor:
     """See `ssm_hf.ops.ssd.step.mamba2_step`."""
     check_tensors(
@@ -74,6 +85,7 @@ def mamba2_step_triton(
         A_log=A_log,
         D=D,
         norm_weight=norm_weight,
+        squares=squares,
     )
     if not (conv_state.is_contiguous() and ssm_state.is_contiguous() and tickets.is_contiguous()):
         raise ValueError("mamba2_step: the states and tickets must be contiguous")
@@ -86,18 +98,21 @@ def mamba2_step_triton(
     norm = 0 if norm_weight is None else 2 if norm_before_gate else 1
     scratch = proj.new_empty(batch, width, dtype=torch.float32) if norm else None
     size = "few" if batch * heads < _FEW_PROGRAMS else "many"
-    if convolved and not norm and not mlp:
+    if convolved and not mlp and (not norm or squares is not None):
         walked = _tiles(batch, heads, n_groups, head_dim, states, ssm_state)
         if walked is not None:
             D_per_channel = D.shape[0] == width and head_dim > 1
             with on_device(proj):
                 mamba2_step_rows_kernel[(width // (walked["TILES"] * walked["BLOCK_P"]), batch)](
-                    proj, ssm_state, dt_bias, A_log, D, out, proj.stride(0), out.stride(0),
-                    heads, heads // n_groups, n_groups, channels, dt_low, dt_high,
-                    D_PER_CHANNEL=D_per_channel, HEAD_DIM=head_dim, STATES=states,
+                    proj, ssm_state, dt_bias, A_log, D, norm_weight, squares, out,
+                    proj.stride(0), out.stride(0), heads, heads // n_groups, n_groups, channels,
+                    dt_low, dt_high,
+                    D_PER_CHANNEL=D_per_channel, NORM=bool(norm), HEAD_DIM=head_dim, STATES=states,
                     **walked, **overlapping(overlap, proj.device),
                 )  # fmt: skip
             return out
+    if squares is not None:
+        raise ValueError("mamba2_step: no sums of squares of a state of this shape")
     conv, mixed = 0 if convolved else 1, None
     if conv and size == "many":
         conv, mixed = 2, proj.new_empty(batch, channels, dtype=torch.float32)
@@ -174,6 +189,7 @@ def _(
     norm_before_gate: bool,
     convolved: bool,
     overlap: bool,
+    squares: Tensor | None,
 ) -> Tensor:
     width, channels = ssm_state.shape[1] * ssm_state.shape[2], conv_weight.shape[0]
     mlp = (proj.shape[1] - width - channels - ssm_state.shape[1]) // 2
