@@ -196,6 +196,22 @@ def test_mamba3_scan_kernels_take_half_precision_and_repeat_exactly() -> None:
     assert first["final ssm"].dtype == first["final angle"].dtype == torch.float32
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="thousands of tokens take hours interpreted")
+@pytest.mark.parametrize("length", [1024, 1000])
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_mamba3_scan_kernels_train_at_full_size(ranks: int, length: int) -> None:
+    """So many heads and whole chunks that programs walk, and need no masks."""
+    leaves = _leaves(2, length, 64, 64, states=128, pairs=32, ranks=ranks, mimo=ranks > 1)
+    for name in ("x", "dt", "trap", "B", "C", "angles", "z", "k", "v"):
+        leaves[name] = leaves[name].bfloat16()
+    got = _outputs(leaves, "triton")
+    wide = {name: leaf.double() for name, leaf in leaves.items()}
+    for name, expected in _outputs(wide, "reference").items():
+        # Products have operands of 8 bits, as have dy and what is stored.
+        assert _error(name, got[name], expected) < 1.5e-2, name
+
+
 def test_mamba3_scan_kernels_read_views_in_place() -> None:
     leaves = _leaves(1, 10, 2, initial=False)
     parts = [leaves[n].flatten(2) for n in ("z", "x", "B", "C", "dt", "trap", "angles")]

@@ -21,7 +21,7 @@ from ssm_hf.ops.mamba3_scan.kernels import (
     mamba3_states_kernel,
 )
 from ssm_hf.ops.mamba3_scan.kernels_sum import mamba3_prepare_bwd_kernel
-from ssm_hf.ops.mamba3_scan.launch_grads import Found, of_one_rank, of_ranks, sum_parts
+from ssm_hf.ops.mamba3_scan.launch_grads import Found, of_ranks, sum_parts
 from ssm_hf.ops.mamba3_scan.launch_parts import (
     TURN,
     Inputs,
@@ -281,9 +281,8 @@ def _gradients_of(
     dmimo = [None if m is None else new(*of_chunk, k.head_dim) for m in t[11:14]]
     dD = None if t.D is None else new(k.chunks, k.heads)
     grad = new(6, k.chunks, k.heads, k.chunk)
-    find = of_one_rank if k.padded == 1 else of_ranks
     found = Found(dx, dz, dmimo[0], dmimo[1], dmimo[2], dD, grad)
-    sums = find(k, t, marks, made, dy, states, dstates, extra, found)
+    sums = of_ranks(k, t, marks, made, dy, states, dstates, extra, found)
     del states, dstates
 
     ddt, dA = (v.new_empty(v.shape) for v in (t.dt, t.A))
