@@ -213,10 +213,10 @@ def test_operators_describe_themselves_rightly() -> None:
         (*given, None, None, None, *options, True),
         test_utils=("test_schema", "test_faketensor"),
     )
-    y, final, saved = torch.ops.ssm_hf.selective_scan_fwd(*given, None, None, None, *options, True)
+    y, final, *saved = torch.ops.ssm_hf.selective_scan_fwd(*given, None, None, None, *options, True)
     torch.library.opcheck(
         torch.ops.ssm_hf.selective_scan_bwd.default,
-        (y, final, *given, None, None, None, saved, *options),
+        (y, final, *given, None, None, None, *saved, *options),
         test_utils=("test_schema", "test_faketensor"),
     )
 

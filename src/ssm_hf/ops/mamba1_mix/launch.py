@@ -52,9 +52,9 @@ def _forward(
     save: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The result; what the inner projection gave; what the scan gave (empty: that is the result);
-    with `save` the scan's states; with `keep` what the convolution gave, dt, and the three
-    projections' weights in proj's dtype if they are in another one (else empty)."""
+    """The result; what the inner projection gave; with `save` what the scan gave before its gate
+    and the scan's states; with `keep` what the convolution gave, dt, and the three projections'
+    weights in proj's dtype if they are in another one (else empty)."""
     hidden, z = proj.chunk(2, dim=-1)
     x = _convolved(hidden, conv_weight, conv_bias, doc, order, counts)
     narrow_x, narrow_dt = x_weight.to(x.dtype), dt_weight.to(x.dtype)
@@ -62,17 +62,17 @@ def _forward(
     inner_proj = F.linear(x, narrow_x)
     low, B, C = _split(inner_proj, dt_weight.shape[1])
     dt = F.linear(low, narrow_dt)
-    y, _, states = scan._forward(x, dt, A, B, C, D, z, dt_bias, None, doc, None, mask, *_STEP, save)
+    y, _, states, ungated = scan._forward(
+        x, dt, A, B, C, D, z, dt_bias, None, doc, None, mask, *_STEP, save
+    )
     result = y
-    if narrow_out is None:
-        y = y.new_empty(0)
-    else:
+    if narrow_out is not None:
         result = F.linear(y, narrow_out, None if out_bias is None else out_bias.to(y.dtype))
     if not keep:
         x, dt = y.new_empty(0), y.new_empty(0)
     weights = ((narrow_x, x_weight), (narrow_dt, dt_weight), (narrow_out, out_weight))
     kept = [y.new_empty(0) if w is None or not keep or w is of else w for w, of in weights]
-    return result, inner_proj, y, states, x, dt, kept[0], kept[1], kept[2]
+    return result, inner_proj, ungated, states, x, dt, kept[0], kept[1], kept[2]
 
 
 @_forward.register_fake
@@ -95,7 +95,7 @@ def _(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, inner = proj.shape[:2], A.shape[0]
-    y, _, states = scan._outputs(proj.new_empty(*rows, inner), A, None, save)
+    y, _, states, ungated = scan._outputs(proj.new_empty(*rows, inner), A, None, save, True)
     inner_proj = proj.new_empty(*rows, x_weight.shape[0])
     x, dt = (proj.new_empty((*rows, inner) if keep else (0,)) for _ in range(2))
     kept = [
@@ -103,18 +103,16 @@ def _(
         for w in (x_weight, dt_weight, out_weight)
     ]
     result = y
-    if out_weight is None:
-        y = y.new_empty(0)
-    else:
+    if out_weight is not None:
         result = proj.new_empty(*rows, out_weight.shape[0])
-    return result, inner_proj, y, states, x, dt, kept[0], kept[1], kept[2]
+    return result, inner_proj, ungated, states, x, dt, kept[0], kept[1], kept[2]
 
 
 @torch.library.custom_op("ssm_hf::mamba1_mix_bwd", mutates_args=())
 def _backward(
     dout: Tensor,
     inner_proj: Tensor,
-    y: Tensor,
+    ungated: Tensor,
     states: Tensor,
     x: Tensor,
     dt: Tensor,
@@ -154,11 +152,6 @@ def _backward(
     rows = dy.flatten(0, 1)
     if out_weight is not None:
         dy = dy @ (narrow_out if narrow_out.numel() else out_weight.to(dy.dtype))
-    if out_grad:
-        product_into(grads[8], rows.t(), y.flatten(0, 1))
-        if out_bias is not None:
-            grads[9].copy_(rows.sum(dim=0, dtype=torch.float32))
-
     if not x.numel():
         x = _convolved(hidden, conv_weight, conv_bias, doc, order, counts)
     low, B, C = _split(inner_proj, rank)
@@ -167,11 +160,17 @@ def _backward(
     dx, ddt, dinner_proj = (torch.empty_like(v) for v in (x, dt, inner_proj))
     dlow, dB, dC = _split(dinner_proj, rank)
     dbias, dA, dD = grads[5:8]
+    y = torch.empty_like(dy) if out_grad else None
     scan.gradients_into(
         dx, ddt, dA, dB, dC, dD, dz, dbias, empty, dy, None, x, dt, A, B, C, D, z, dt_bias, None,
-        doc, None, mask, states, *_STEP,
+        doc, None, mask, states, ungated, *_STEP, y,
     )  # fmt: skip
     del dt, dy
+    if y is not None:
+        product_into(grads[8], rows.t(), y.flatten(0, 1))
+        if out_bias is not None:
+            grads[9].copy_(rows.sum(dim=0, dtype=torch.float32))
+        del y
 
     steps = ddt.flatten(0, 1)
     torch.mm(steps, narrow_dt, out=dlow.flatten(0, 1))

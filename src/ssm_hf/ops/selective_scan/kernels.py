@@ -103,8 +103,8 @@ def _document_drops(seq_ptr, t, first, length):
 
 @triton.jit
 def _decays(delta, A2, drops, HAS_DROPS: tl.constexpr):
-    """exp(Δ A) (T, E, N), from A log2(e) (1, E, N)."""
-    exponent = delta[:, :, None] * A2
+    """exp(Δ A) (T, E, N), from Δ (T, E, 1 or N) and A log2(e) (1, E, N)."""
+    exponent = delta * A2
     if HAS_DROPS:
         exponent += drops[:, None, None]
     return tl.exp2(exponent)
@@ -246,7 +246,7 @@ def selective_scan_carry_kernel(
         t0 += step
         delta = _step_size(raw, bias, real, lowest, highest, SOFTPLUS, CLAMP)
         steps += delta
-        a = _decays(delta, A2, drops, seq_ptr is not None)
+        a = _decays(delta[:, :, None], A2, drops, seq_ptr is not None)
         if REVERSE:
             added = tl.where(real, v, 0.0)[:, :, None] * W[:, None, :]
             for i in tl.static_range(BLOCK_T - 1, -1, -1):
@@ -256,7 +256,7 @@ def selective_scan_carry_kernel(
             for i in tl.static_range(BLOCK_T):
                 s = _row(a, i) * s + _row(added, i)
     whole = tl.sum(steps, axis=0)[None, :]
-    decay = _decays(whole, A2, tl.sum(dropped, axis=0)[None], seq_ptr is not None)
+    decay = _decays(whole[:, :, None], A2, tl.sum(dropped, axis=0)[None], seq_ptr is not None)
     size = tl.cast(E, tl.int64) * N
     carry_ptr += place.to(tl.int64) * 2 * size
     tl.store(carry_ptr + en, decay, mask=in_en)
@@ -281,6 +281,7 @@ def selective_scan_fwd_kernel(
     y_ptr,
     final_ptr,
     saved_ptr,
+    ungated_ptr,
     x_b,
     x_t,
     dt_b,
@@ -307,7 +308,8 @@ def selective_scan_fwd_kernel(
 ):
     """One program per row (or document), segment of the row and block of channels.
 
-    saved (places, E, N), if given, receives the state before every CHUNK-th token of a row.
+    saved (places, E, N), if given, receives the state before every CHUNK-th token of a row, and
+    ungated (B, T, E) what y was before the gate.
     """
     blocks = tl.cdiv(E, BLOCK_E)
     place = tl.program_id(0) // blocks
@@ -346,6 +348,8 @@ def selective_scan_fwd_kernel(
         z_ptr += batch * z_b + (first + start) * z_t
     first += batch * T
     y_ptr += (first + start) * E
+    if ungated_ptr is not None:
+        ungated_ptr += (first + start) * E
 
     for t0 in tl.range(start, end, BLOCK_T, num_stages=STAGES):
         inside = (t0 + t < end)[:, None] & in_e[None, :]
@@ -372,7 +376,7 @@ def selective_scan_fwd_kernel(
         if seq_ptr is not None:
             drops = _document_drops(seq_ptr, t0 + t, first, length)
         delta = _step_size(raw, bias, real, lowest, highest, SOFTPLUS, CLAMP)
-        a = _decays(delta, A2, drops, seq_ptr is not None)
+        a = _decays(delta[:, :, None], A2, drops, seq_ptr is not None)
         b = (delta * x)[:, :, None] * B[:, None, :]
         states = b
         for i in tl.static_range(BLOCK_T):
@@ -380,10 +384,13 @@ def selective_scan_fwd_kernel(
             states = _with_row(states, i, h)
         y = tl.sum(states * C[:, None, :], axis=2)
         y += D * x
-        if z_ptr is not None:
-            y *= z * _sigmoid(z)
         if mask_ptr is not None:
             y = tl.where(real, y, 0.0)
+        if ungated_ptr is not None:
+            tl.store(ungated_ptr + t[:, None] * E + e[None, :], y, mask=inside)
+            ungated_ptr += BLOCK_T * E
+        if z_ptr is not None:
+            y *= z * _sigmoid(z)
         tl.store(y_ptr + t[:, None] * E + e[None, :], y, mask=inside)
         y_ptr += BLOCK_T * E
     if segment == segments - 1:

@@ -23,22 +23,50 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _over_channels(tile):
-    """Sum of a tile (T, E, N) over its channels.
+def _over_channels(one, other):
+    """Sums of two tiles (T, E, N) over their channels.
 
     Channels 8 apart lie in one thread, and the 8 sums lie in different threads. Splitting those in
     halves moves the halves into a thread, all in one pass through shared memory; plain sums would
     take three rounds of shuffles for each value and leave every result in 8 threads.
     """
-    T: tl.constexpr = tile.shape[0]
-    E: tl.constexpr = tile.shape[1]
-    N: tl.constexpr = tile.shape[2]
+    T: tl.constexpr = one.shape[0]
+    E: tl.constexpr = one.shape[1]
+    N: tl.constexpr = one.shape[2]
     if E < 16:
-        return tl.sum(tile, axis=1)
+        return tl.sum(one, axis=1), tl.sum(other, axis=1)
     else:
-        sums = tl.sum(tl.reshape(tile, (T, E // 8, 8, N)), axis=1)
-        first, second = tl.split(tl.permute(tl.reshape(sums, (T, 2, 4, N)), (0, 2, 3, 1)))
-        return tl.sum(first + second, axis=1)
+        sums = tl.sum(tl.reshape(one, (T, E // 8, 8, N)), axis=1)
+        sums = tl.join(sums, tl.sum(tl.reshape(other, (T, E // 8, 8, N)), axis=1))
+        halves = tl.permute(tl.reshape(sums, (T, 2, 4, N, 2)), (0, 2, 3, 4, 1))
+        first, second = tl.split(halves)
+        return tl.split(tl.sum(first + second, axis=1))
+
+
+@triton.jit
+def _over_states(one, other):
+    """Sums of two tiles (T, E, N) over their states, in the same way: a thread has four of them."""
+    T: tl.constexpr = one.shape[0]
+    E: tl.constexpr = one.shape[1]
+    N: tl.constexpr = one.shape[2]
+    if N < 16:
+        return tl.sum(one, axis=2), tl.sum(other, axis=2)
+    else:
+        sums = tl.sum(tl.reshape(one, (T, E, N // 4, 4)), axis=3)
+        sums = tl.join(sums, tl.sum(tl.reshape(other, (T, E, N // 4, 4)), axis=3))
+        first, second = tl.split(
+            tl.permute(tl.reshape(sums, (T, E, N // 8, 2, 2)), (0, 1, 2, 4, 3))
+        )
+        sums = tl.reshape(first + second, (T, E, N // 16, 2, 2))
+        first, second = tl.split(tl.permute(sums, (0, 1, 2, 4, 3)))
+        return tl.split(tl.sum(first + second, axis=2))
+
+
+@triton.jit
+def _along_states(one, other, N: tl.constexpr):
+    """Two tiles (T, E) as (T, E, N), brought into the layout of the states in one go."""
+    both = tl.join(one, other)[:, :, None, :]
+    return tl.split(tl.broadcast_to(both, (one.shape[0], one.shape[1], N, 2)))
 
 
 @triton.jit(do_not_specialize=["tokens", "T", "segments"])
@@ -57,11 +85,13 @@ def selective_scan_bwd_kernel(
     cu_ptr,
     mask_ptr,
     saved_ptr,
+    ungated_ptr,
     carry_ptr,
     scratch_ptr,
     dx_ptr,
     ddt_ptr,
     dz_ptr,
+    y_ptr,
     dB_ptr,
     dC_ptr,
     dA_ptr,
@@ -103,8 +133,9 @@ def selective_scan_bwd_kernel(
     note the state before each tile in scratch (BLOCK_F tokens at a time), once on the way back
     (BLOCK_T at a time).
 
-    dB, dC (blocks, tokens, N), dA (rows * segments, E, N), dD, dbias (rows * segments, E) receive
-    each program's share, to be summed over the first axis.
+    y (B, T, E), if given, receives what the forward pass gave, from ungated as it was before the
+    gate. dB, dC (blocks, tokens, N), dA (rows * segments, E, N), dD, dbias (rows * segments, E)
+    receive each program's share, to be summed over the first axis.
     """
     blocks = tl.cdiv(E, BLOCK_E)
     block = tl.program_id(0) % blocks
@@ -146,7 +177,7 @@ def selective_scan_bwd_kernel(
     own = tl.arange(0, BLOCK_E)[None, :, None] * BLOCK_N + n[None, None, :]
     scratch_ptr += tl.program_id(0).to(tl.int64) * (CHUNK // BLOCK_T * BLOCK_E * BLOCK_N)
 
-    dA = tl.zeros((1, BLOCK_E, BLOCK_N), tl.float32)
+    dA = tl.sum(tl.zeros((1, BLOCK_E, BLOCK_N), tl.float32), axis=0)
     dD = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     dbias = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     chunks = tl.cdiv(end - start, CHUNK)
@@ -176,7 +207,7 @@ def selective_scan_bwd_kernel(
             if seq_ptr is not None:
                 drops = _document_drops(seq_ptr, t0 + f, first, length)
             delta = _step_size(raw, bias_f, real, lowest, highest, SOFTPLUS, CLAMP)
-            a = _decays(delta, A2, drops, seq_ptr is not None)
+            a = _decays(delta[:, :, None], A2, drops, seq_ptr is not None)
             b = (delta * x)[:, :, None] * B[:, None, :]
             for i in tl.static_range(BLOCK_F):
                 if i % BLOCK_T == 0:
@@ -191,6 +222,7 @@ def selective_scan_bwd_kernel(
         x_at, dt_at, dy_at = x_ptr + long * x_t, dt_ptr + long * dt_t, dy_ptr + long * dy_t
         B_at, C_at = B_ptr + long * B_t, C_ptr + long * C_t
         z_at = dy_at if z_ptr is None else z_ptr + long * z_t
+        y_at = dy_at if z_ptr is None else ungated_ptr + (first + long) * E
         noted = scratch_ptr + (tiles - 1) * (BLOCK_E * BLOCK_N)
         here = long + t < stop
         x_next = _load_rows(x_at, x_t, t, e, here[:, None] & in_e[None, :])
@@ -198,11 +230,12 @@ def selective_scan_bwd_kernel(
         dy_next = _load_rows(dy_at, dy_t, t, e, here[:, None] & in_e[None, :])
         B_next = _load_rows(B_at, B_t, t, n, here[:, None] & in_n[None, :])
         C_next = _load_rows(C_at, C_t, t, n, here[:, None] & in_n[None, :])
-        z_next = x_next
+        z_next, y_next = x_next, x_next
         if z_ptr is not None:
             z_next = _load_rows(z_at, z_t, t, e, here[:, None] & in_e[None, :])
+            y_next = _load_rows(y_at, E, t, e, here[:, None] & in_e[None, :])
         for tile in range(tiles - 1, -1, -1):
-            x, raw, dy, B, C, z = x_next, dt_next, dy_next, B_next, C_next, z_next
+            x, raw, dy, B, C, z, y = x_next, dt_next, dy_next, B_next, C_next, z_next, y_next
             at = c0 + tile * BLOCK_T + t
             inside = (at < stop)[:, None] & in_e[None, :]
             inside_n = (at < stop)[:, None] & in_n[None, :]
@@ -222,7 +255,9 @@ def selective_scan_bwd_kernel(
             C_next = _load_rows(C_at, C_t, t, n, more[:, None] & in_n[None, :])
             if z_ptr is not None:
                 z_at -= BLOCK_T * z_t
+                y_at -= BLOCK_T * E
                 z_next = _load_rows(z_at, z_t, t, e, more[:, None] & in_e[None, :])
+                y_next = _load_rows(y_at, E, t, e, more[:, None] & in_e[None, :])
             real = inside
             if mask_ptr is not None:
                 mask = tl.load(mask_ptr + first + at, mask=at < stop, other=0)
@@ -232,9 +267,9 @@ def selective_scan_bwd_kernel(
             if seq_ptr is not None:
                 drops = _document_drops(seq_ptr, at, first, length)
             delta = _step_size(raw, bias, real, lowest, highest, SOFTPLUS, CLAMP)
-            u = delta * x
-            a = _decays(delta, A2, drops, seq_ptr is not None)
-            b = u[:, :, None] * B[:, None, :]
+            steps, u = _along_states(delta, delta * x, BLOCK_N)
+            a = _decays(steps, A2, drops, seq_ptr is not None)
+            b = u * B[:, None, :]
             h = tl.sum(entering, axis=0)
             before, states = b, b
             for i in tl.static_range(BLOCK_T):
@@ -243,25 +278,27 @@ def selective_scan_bwd_kernel(
                 states = _with_row(states, i, h)
             out = (first + at)[:, None] * E + e[None, :]
             if z_ptr is not None:
-                y = tl.sum(states * C[:, None, :], axis=2) + D * x
                 open_ = _sigmoid(z)
+                gate = z * open_
                 dz_at = (first + at)[:, None] * dz_t + e[None, :]
-                tl.store(dz_ptr + dz_at, dy * y * open_ * (1.0 + z * (1.0 - open_)), mask=inside)
-                dy *= z * open_
-            dC = _over_channels(states * dy[:, :, None])
-            cdy = C[:, None, :] * dy[:, :, None]
-            g, handed = cdy, cdy
+                slope = open_ + gate * (1.0 - open_)
+                tl.store(dz_ptr + dz_at, dy * y * slope, mask=inside)
+                if y_ptr is not None:
+                    tl.store(y_ptr + out, y * gate, mask=inside)
+                dy *= gate
+            at_C = states * dy[:, :, None]
+            g, exponent = a, a
             for i in tl.static_range(BLOCK_T - 1, -1, -1):
-                gi = _row(cdy, i) + k
+                gi = _row(C[:, None, :], i) * _row(dy[:, :, None], i) + k
                 k = _row(a, i) * gi
                 g = _with_row(g, i, gi)
-                handed = _with_row(handed, i, k)
-            dB = _over_channels(g * u[:, :, None])
-            du = tl.sum(g * B[:, None, :], axis=2)
-            # Gradient of the decay's exponent.
-            exponent = handed * before
-            dA += tl.sum(exponent * delta[:, :, None], axis=0)[None, :, :]
-            ddelta = x * du + LN2 * tl.sum(exponent * A2, axis=2)
+                # Gradient of the decay's exponent.
+                exponent_i = k * _row(before, i)
+                exponent = _with_row(exponent, i, exponent_i)
+                dA += exponent_i * _row(steps, i)
+            dB, dC = _over_channels(g * u, at_C)
+            du, dstep = _over_states(g * B[:, None, :], exponent * A2)
+            ddelta = x * du + LN2 * dstep
             if CLAMP:
                 free = _step_size(raw, bias, real, lowest, highest, SOFTPLUS, False)
                 ddelta = tl.where((free >= lowest) & (free <= highest), ddelta, 0.0)
@@ -277,7 +314,7 @@ def selective_scan_bwd_kernel(
             tl.store(dC_ptr + share, dC, mask=inside_n)
         tl.debug_barrier()
 
-    tl.store(dA_ptr + place.to(tl.int64) * size + en, dA, mask=in_en)
+    tl.store(dA_ptr + place.to(tl.int64) * size + en, dA[None, :, :], mask=in_en)
     if dD_ptr is not None:
         tl.store(dD_ptr + place.to(tl.int64) * E + e, tl.sum(dD, axis=0), mask=in_e)
     if dbias_ptr is not None:

@@ -84,15 +84,17 @@ def _number_of_rows(x: Tensor, cu_seqlens: Tensor | None) -> int:
 
 
 def _outputs(
-    x: Tensor, A: Tensor, cu_seqlens: Tensor | None, save: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, final state, and room for the state before every chunk of tokens, if wanted."""
+    x: Tensor, A: Tensor, cu_seqlens: Tensor | None, save: bool, gated: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, final state, and room for the state before every chunk of tokens and for y before the
+    gate, if wanted."""
     batch, length, inner = x.shape
     rows, places = _number_of_rows(x, cu_seqlens), 0
     if save:
         places = batch * -(-length // CHUNK) if cu_seqlens is None else length // CHUNK + rows
     final, saved = (x.new_empty(n, inner, A.shape[1], dtype=torch.float32) for n in (rows, places))
-    return x.new_empty(x.shape), final, saved
+    ungated = x.new_empty(x.shape if save and gated else 0)
+    return x.new_empty(x.shape), final, saved, ungated
 
 
 def _segments(rows: int, x: Tensor, warps: int, full: int, fill: int) -> int:
@@ -186,9 +188,10 @@ def _forward(
     lowest: float,
     highest: float,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> y, final state (rows, I, N) and, with `save`, the state before every chunk of tokens."""
-    y, final, saved = _outputs(x, A, cu_seqlens, save)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> y, final state (rows, I, N) and, with `save`, the state before every chunk of tokens and
+    y before the gate, if there is one."""
+    y, final, saved, ungated = _outputs(x, A, cu_seqlens, save, z is not None)
     inner, states = A.shape
     rows, segments, blocks, options = _plan("selective_scan_fwd", x, states, cu_seqlens)
     limits = _limits(dt_softplus, lowest, highest)
@@ -212,6 +215,7 @@ def _forward(
             y,
             final,
             saved if save else None,
+            ungated if save and z is not None else None,
             *_strides(x, dt, B, C, z),
             x.shape[1],
             inner,
@@ -221,13 +225,13 @@ def _forward(
             CHUNK=CHUNK,
             **options,
         )
-    return y, final, saved
+    return y, final, saved, ungated
 
 
 @_forward.register_fake
 def _(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, cu_seqlens, mask, dt_softplus, lowest,
       highest, save):  # pyright: ignore  # fmt: skip
-    return _outputs(x, A, cu_seqlens, save)
+    return _outputs(x, A, cu_seqlens, save, z is not None)
 
 
 @torch.library.custom_op("ssm_hf::selective_scan_bwd", mutates_args=())
@@ -247,6 +251,7 @@ def _backward(
     cu_seqlens: Tensor | None,
     mask: Tensor | None,
     saved: Tensor,
+    ungated: Tensor,
     dt_softplus: bool,
     lowest: float,
     highest: float,
@@ -257,7 +262,7 @@ def _backward(
     dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial = grads
     gradients_into(
         dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial, dy, dfinal, *given, seq_idx, cu_seqlens, mask,
-        saved, dt_softplus, lowest, highest,
+        saved, ungated, dt_softplus, lowest, highest,
     )  # fmt: skip
     return grads
 
@@ -287,11 +292,14 @@ def gradients_into(
     cu_seqlens: Tensor | None,
     mask: Tensor | None,
     saved: Tensor,
+    ungated: Tensor,
     dt_softplus: bool,
     lowest: float,
     highest: float,
+    y: Tensor | None = None,
 ) -> None:
-    """Write the gradients, where there is something that they belong to.
+    """Write the gradients, where there is something that they belong to, and into `y`, if given
+    with z, what the forward pass gave.
 
     dB and dC may have any strides of batch and time, dz may be some of the columns of a contiguous
     tensor; the others are contiguous.
@@ -329,11 +337,13 @@ def gradients_into(
             dt_bias,
             *packing,
             saved,
+            None if z is None else ungated,
             carry,
             scratch,
             dx,
             ddt,
             None if z is None else dz,
+            None if z is None else y,
             dB_shares,
             dC_shares,
             dA_shares,
@@ -387,26 +397,26 @@ def _add_up(
 
 @_backward.register_fake
 def _(dy, dfinal, x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, cu_seqlens, mask, saved,
-      dt_softplus, lowest, highest):  # pyright: ignore  # fmt: skip
+      ungated, dt_softplus, lowest, highest):  # pyright: ignore  # fmt: skip
     inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state)
     return [x.new_empty(0) if v is None else v.new_empty(v.shape) for v in inputs]
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.dt_softplus, ctx.lowest, ctx.highest, _ = inputs
-    ctx.save_for_backward(*tensors, output[2])
+    ctx.save_for_backward(*tensors, *output[2:])
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[2])
+    ctx.mark_non_differentiable(*output[2:])
 
 
 def _gradients(
-    ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: Tensor | None
+    ctx: Any, dy: Tensor | None, dfinal: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    *inputs, saved = ctx.saved_tensors
+    *inputs, saved, ungated = ctx.saved_tensors
     if dy is None:
         dy = torch.zeros_like(inputs[0])
     grads = torch.ops.ssm_hf.selective_scan_bwd(
-        dy, dfinal, *inputs, saved, ctx.dt_softplus, ctx.lowest, ctx.highest
+        dy, dfinal, *inputs, saved, ungated, ctx.dt_softplus, ctx.lowest, ctx.highest
     )
     given = [None if v is None else g for v, g in zip(inputs[:9], grads, strict=True)]
     return *given, *(None,) * 7
@@ -447,7 +457,7 @@ def selective_scan_triton(
         seq_idx = document_numbers(seq_idx, mask)
     save = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)
     lowest, highest = dt_limit
-    y, state, _ = call(
+    y, state, *_ = call(
         _forward,
         *inputs,
         seq_idx,
