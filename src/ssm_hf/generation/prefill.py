@@ -21,7 +21,7 @@ SMALL, LARGE = 64, 512
 # Beyond these a pass as it is keeps the GPU busy, and the memory of a capture grows.
 MOST_PIECES = 4
 # Of one piece's residual stream, tokens of all rows times width: its memory stays.
-MOST_NUMBERS = 16384 * 768
+MOST_NUMBERS = 32768 * 768
 # More pads than these in all rows together cost more than another small piece.
 _MOST_PADS = 4096
 

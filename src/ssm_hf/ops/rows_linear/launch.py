@@ -53,7 +53,9 @@ def rows_linear_triton(
     )
     x, weight = (t if t.stride(1) == 1 else t.contiguous() for t in (x, weight))
     rows, (outputs, size) = x.shape[0], weight.shape
-    options = dict(tuned("rows_linear", _size_class(outputs, shares), x.device))
+    options = dict(
+        tuned("rows_linear", _size_class(outputs, shares, squares is not None), x.device)
+    )
     share = min(options.pop("SHARE"), size) if shares else size
     parts = -(-size // share)
     out = _empty(x, outputs, parts if shares else None)
@@ -117,7 +119,7 @@ def _(
     outputs, size = weight.shape
     if not shares:
         return _empty(x, outputs, None)
-    share = tuned("rows_linear", _size_class(outputs, True), x.device)["SHARE"]
+    share = tuned("rows_linear", _size_class(outputs, True, squares is not None), x.device)["SHARE"]
     return _empty(x, outputs, -(-size // min(share, size)))
 
 
@@ -203,9 +205,11 @@ def _empty(x: Tensor, outputs: int, parts: int | None) -> Tensor:
     return x.new_empty(x.shape[0], -(-outputs // _UNIT) * _UNIT)[:, :outputs]
 
 
-def _size_class(outputs: int, shares: bool) -> str:
-    """A product of few outputs is cut into smaller tiles."""
-    return ("small" if outputs <= 256 else "shares") if shares else "whole"
+def _size_class(outputs: int, shares: bool, normed: bool) -> str:
+    """What a product does best depends also on what runs before it: with a norm Mamba-2's step."""
+    if not shares:
+        return "whole"
+    return "small" if outputs <= 256 else "normed" if normed else "shares"
 
 
 def _operands(x: Tensor) -> dict[str, Any]:

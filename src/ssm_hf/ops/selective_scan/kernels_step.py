@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ssm_hf.ops.causal_conv1d.kernels_step import silu
-from ssm_hf.ops.kernels_overlap import wait_for_previous
+from ssm_hf.ops.kernels_overlap import begin_next, wait_for_all, wait_for_previous
 from ssm_hf.ops.ssd.kernels_step import softplus
 
 
@@ -18,6 +18,7 @@ def mamba1_step_kernel(
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_I channels of one row."""
+    begin_next(OVERLAP and BLOCK_R == 0)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     i = (tl.program_id(0) % blocks) * BLOCK_I + tl.arange(0, BLOCK_I)
     n = tl.arange(0, BLOCK_N)
@@ -35,7 +36,10 @@ def mamba1_step_kernel(
             dt_weight_ptr + i[:, None] * rank + r[None, :],
             mask=i_inside[:, None] & (r < rank)[None, :], other=0.0,
         )  # fmt: skip
-    wait_for_previous(OVERLAP)
+    if BLOCK_R == 0:
+        wait_for_all(OVERLAP)
+    else:
+        wait_for_previous(OVERLAP)
     if BLOCK_R > 0:
         low = tl.load(low_ptr + row * stride_low + r, mask=r < rank, other=0.0)
         dt = tl.sum(weight.to(tl.float32) * low.to(tl.float32)[None, :], axis=1)

@@ -47,7 +47,8 @@ def mamba1_step(
         dt_weight: (I, R) step projection, or None.
         dt_bias: (I,), added to the step size, or None; always given with `dt_weight`.
         overlap: what is read beside dt, B and C was not written by the kernel launched just
-            before, so that it may be read while that one still runs.
+            before, nor without `dt_weight` by any since the last one that was launched without
+            overlap, so that it may be read while these still run.
         impl: `"auto"`, `"reference"` or `"triton"`.
 
     Returns:
