@@ -23,6 +23,8 @@ import triton.language as tl
 
 from ssm_hf.ops.mamba3_scan.kernels_tiles import (
     exp2,
+    fresh,
+    fresh_zero,
     gates,
     load_factor,
     load_gradients,
@@ -266,9 +268,6 @@ def mamba3_fwd_kernel(
     low = tl.minimum(segment * per_segment, chunks)
     high = tl.minimum(low + per_segment, chunks)
 
-    i = tl.arange(0, ROWS)
-    of_token = i // RANKS
-    j = tl.arange(0, Q)
     p = p_block * BLOCK_P + tl.arange(0, BLOCK_P)
     n = tl.arange(0, W)
     CUT_P: tl.constexpr = HEAD_DIM % BLOCK_P != 0
@@ -304,7 +303,13 @@ def mamba3_fwd_kernel(
     ends = token_ptr + (head + 1) * (4 * Q) - 4
     chunk_step = heads * (4 * Q)
     a_end = tl.load(ends + (first + low) * chunk_step, mask=low < high, other=0.0)
-    for c in tl.range(low, high, num_stages=STAGES, disable_licm=True):
+    for number in tl.range(low, high, num_stages=STAGES, disable_licm=True):
+        c = fresh(number, FAST)
+        zero = fresh_zero(number, FAST)
+        i = tl.arange(0, ROWS) + zero
+        of_token = i // RANKS
+        j = tl.arange(0, Q) + zero
+        p = p_block * BLOCK_P + tl.arange(0, BLOCK_P) + zero
         v = first + c
         t = start + (v - first) * Q
         in_row = t + of_token < end

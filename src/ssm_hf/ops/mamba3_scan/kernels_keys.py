@@ -1,9 +1,8 @@
-"""Triton kernels of Mamba-3's scan with several ranks: gradients of one chunk and head."""
+"""Triton kernels of Mamba-3's scan: gradients of one chunk and head."""
 
 import triton
 import triton.language as tl
 
-from ssm_hf.ops.mamba3_scan.kernels_bwd import turned_back
 from ssm_hf.ops.mamba3_scan.kernels_pairs import (
     load_state,
     of_tokens,
@@ -11,6 +10,7 @@ from ssm_hf.ops.mamba3_scan.kernels_pairs import (
     prefetch_state,
     prefetch_tokens,
     store_ranks,
+    turned_back,
     turning,
 )
 from ssm_hf.ops.mamba3_scan.kernels_tiles import (
@@ -20,8 +20,8 @@ from ssm_hf.ops.mamba3_scan.kernels_tiles import (
     load_factor,
     load_gradients,
     load_inputs,
+    load_pairs,
     load_rest,
-    load_rotated,
     load_token,
     products,
     rotation,
@@ -53,6 +53,15 @@ def through_pairs(
 
 
 @triton.jit
+def turned(a, b, cos, sin, TYPE: tl.constexpr, ROPE: tl.constexpr):
+    """Tiles a and b, turned and rounded."""
+    if ROPE:
+        return (a * cos - b * sin).to(TYPE), (a * sin + b * cos).to(TYPE)
+    else:
+        return a.to(TYPE), b.to(TYPE)
+
+
+@triton.jit
 def operands(
     B_ptr, B_bias_ptr, C_ptr, C_bias_ptr, angle_ptr, at_rows, here, head, i, in_row,
     TYPE: tl.constexpr, RAGGED: tl.constexpr, ROPE: tl.constexpr, FAST: tl.constexpr,
@@ -60,18 +69,18 @@ def operands(
 ):  # fmt: skip
     """Cosine and sine, tiles a and b of keys and queries of a chunk and head."""
     PITCH: tl.constexpr = 2 * W + V
-    cos, sin = 1.0, 0.0
-    if ROPE:
-        cos, sin = rotation(angle_ptr + here * (Q * W), i, RANKS, FAST, W)
     B_bias, C_bias = B_bias_ptr, C_bias_ptr
     if B_bias_ptr is not None:
         B_bias = B_bias_ptr + head * (RANKS * PITCH)
     if C_bias_ptr is not None:
         C_bias = C_bias_ptr + head * (RANKS * PITCH)
-    ka, kb = load_rotated(B_ptr + at_rows, B_bias, cos, sin, i, in_row, TYPE, RAGGED, FAST, RANKS,
-                          ROPE, W, PITCH)  # fmt: skip
-    qa, qb = load_rotated(C_ptr + at_rows, C_bias, cos, sin, i, in_row, TYPE, RAGGED, FAST, RANKS,
-                          ROPE, W, PITCH)  # fmt: skip
+    ka, kb = load_pairs(B_ptr + at_rows, B_bias, i, in_row, RAGGED, FAST, RANKS, W, PITCH)
+    qa, qb = load_pairs(C_ptr + at_rows, C_bias, i, in_row, RAGGED, FAST, RANKS, W, PITCH)
+    cos, sin = 1.0, 0.0
+    if ROPE:
+        cos, sin = rotation(angle_ptr + here * (Q * W), i, RANKS, FAST, W)
+    ka, kb = turned(ka, kb, cos, sin, TYPE, ROPE)
+    qa, qb = turned(qa, qb, cos, sin, TYPE, ROPE)
     return cos, sin, ka, kb, qa, qb
 
 
@@ -107,7 +116,7 @@ def mamba3_keys_kernel(
     k_s q_t. dk (chunks, H, ROWS, PITCH) is the gradient before the rotation; dangle (chunks, H, 2,
     Q, W) that of the angles which turn keys (and queries), later (chunks, H, 2, W) what the angles
     of all later tokens get together, in two parts: they turn against the state that leaves the
-    chunk. grad (6, chunks, H, Q) is what `mamba3_prepare_bwd_kernel` reads.
+    chunk. grad (5, chunks, H, Q) is what `mamba3_prepare_bwd_kernel` reads.
     """
     dot_type: tl.constexpr = tl.float32 if WIDE else B_ptr.dtype.element_ty
     ROWS: tl.constexpr = Q * RANKS
@@ -134,6 +143,21 @@ def mamba3_keys_kernel(
         at_mask = mask_ptr + batch * mask_sb + (token + j) * mask_st
         is_real = in_tokens & (tl.load(at_mask, mask=in_tokens, other=0) != 0)
     at = token_ptr + here * (4 * Q)
+    a, b, gamma, _delta = load_token(at, Q, RANKS)
+    at_x = x_ptr + batch * x_sb + head * x_sh + token * x_st
+    at_dy = dy_ptr + batch * dy_sb + head * dy_sh + token * dy_st
+    z_base = z_ptr
+    if z_ptr is not None:
+        z_base = z_ptr + batch * z_sb + head * z_sh + token * z_st
+    # All that is read stands before all that waits: a program's loads overlap no other work.
+    if P_BLOCKS == 1:
+        p = tl.arange(0, BLOCK_P)
+        x = load_inputs(at_x, x_st, mx_ptr, head, j, p, in_tokens, ranks, RAGGED, RANKS, CUT_P,
+                        HEAD_DIM).to(dot_type)  # fmt: skip
+        dy = load_gradients(
+            at_dy, dy_st, dy_sr, z_base, z_st, mz_ptr, mo_ptr, head, j, p, is_real, ranks, MASKED,
+            RANKS, PER_RANK, CUT_P, HEAD_DIM, FAST,
+        ).to(dot_type)  # fmt: skip
     group = head // (heads // groups)
     at_rows = ((batch * groups + group) * length + token) * (RANKS * PITCH)
     cos, sin, ka, kb, qa, qb = operands(
@@ -147,12 +171,6 @@ def mamba3_keys_kernel(
                      W, V)  # fmt: skip
         qc = rest_of(C_ptr, C_bias_ptr, at_rows, head, i, in_row, dot_type, RAGGED, FAST, RANKS,
                      W, V)  # fmt: skip
-    a, b, gamma, _delta = load_token(at, Q, RANKS)
-    at_x = x_ptr + batch * x_sb + head * x_sh + token * x_st
-    at_dy = dy_ptr + batch * dy_sb + head * dy_sh + token * dy_st
-    z_base = z_ptr
-    if z_ptr is not None:
-        z_base = z_ptr + batch * z_sb + head * z_sh + token * z_st
     at_dS = dstates_ptr + here * (HEAD_DIM * PITCH)
     at_pairs = pairs_ptr + here * (2 * ROWS * ROWS)
     at_grad = grad_ptr + here * Q + j
@@ -163,12 +181,13 @@ def mamba3_keys_kernel(
     xdy = tl.zeros((ROWS, ROWS), dtype=tl.float32)
     for p_block in tl.static_range(P_BLOCKS):
         p = p_block * BLOCK_P + tl.arange(0, BLOCK_P)
-        x = load_inputs(at_x, x_st, mx_ptr, head, j, p, in_tokens, ranks, RAGGED, RANKS, CUT_P,
-                        HEAD_DIM).to(dot_type)  # fmt: skip
-        dy = load_gradients(
-            at_dy, dy_st, dy_sr, z_base, z_st, mz_ptr, mo_ptr, head, j, p, is_real, ranks, MASKED,
-            RANKS, PER_RANK, CUT_P, HEAD_DIM, FAST,
-        ).to(dot_type)  # fmt: skip
+        if P_BLOCKS > 1:
+            x = load_inputs(at_x, x_st, mx_ptr, head, j, p, in_tokens, ranks, RAGGED, RANKS, CUT_P,
+                            HEAD_DIM).to(dot_type)  # fmt: skip
+            dy = load_gradients(
+                at_dy, dy_st, dy_sr, z_base, z_st, mz_ptr, mo_ptr, head, j, p, is_real, ranks,
+                MASKED, RANKS, PER_RANK, CUT_P, HEAD_DIM, FAST,
+            ).to(dot_type)  # fmt: skip
         xdy = tl.dot(x, tl.trans(dy), xdy, input_precision=PRECISION)
     kq = products(ka, kb, kc, qa, qb, qc, dot_type, PRECISION)
 
@@ -311,6 +330,17 @@ def mamba3_queries_kernel(
         at_mask = mask_ptr + batch * mask_sb + (token + j) * mask_st
         is_real = in_tokens & (tl.load(at_mask, mask=in_tokens, other=0) != 0)
     at = token_ptr + here * (4 * Q)
+    a, b, _gamma, _delta = load_token(at, Q, RANKS)
+    at_x = x_ptr + batch * x_sb + head * x_sh + token * x_st
+    at_dy = dy_ptr + batch * dy_sb + head * dy_sh + token * dy_st
+    z_base = z_ptr
+    if z_ptr is not None:
+        z_base = z_ptr + batch * z_sb + head * z_sh + token * z_st
+    # All that is read stands before all that waits: a program's loads overlap no other work.
+    if P_BLOCKS == 1:
+        p = tl.arange(0, BLOCK_P)
+        x = load_inputs(at_x, x_st, mx_ptr, head, j, p, in_tokens, ranks, RAGGED, RANKS, CUT_P,
+                        HEAD_DIM).to(dot_type)  # fmt: skip
     group = head // (heads // groups)
     at_rows = ((batch * groups + group) * length + token) * (RANKS * PITCH)
     cos, sin, ka, kb, qa, qb = operands(
@@ -324,12 +354,6 @@ def mamba3_queries_kernel(
                      W, V)  # fmt: skip
         qc = rest_of(C_ptr, C_bias_ptr, at_rows, head, i, in_row, dot_type, RAGGED, FAST, RANKS,
                      W, V)  # fmt: skip
-    a, b, _gamma, _delta = load_token(at, Q, RANKS)
-    at_x = x_ptr + batch * x_sb + head * x_sh + token * x_st
-    at_dy = dy_ptr + batch * dy_sb + head * dy_sh + token * dy_st
-    z_base = z_ptr
-    if z_ptr is not None:
-        z_base = z_ptr + batch * z_sb + head * z_sh + token * z_st
     at_S, at_dS = states_ptr + here * (HEAD_DIM * PITCH), dstates_ptr + here * (HEAD_DIM * PITCH)
     at_grad = grad_ptr + here * Q + j
     at_angles = dangle_ptr
@@ -359,8 +383,9 @@ def mamba3_queries_kernel(
         Sb = load_state(at_S + W, p, p_in, dot_type, RAGGED or CUT_P, W, PITCH)
         if V > 0:
             Sc = load_state(at_S + 2 * W, p, p_in, dot_type, RAGGED or CUT_P, V, PITCH)
-        x = load_inputs(at_x, x_st, mx_ptr, head, j, p, in_tokens, ranks, RAGGED, RANKS, CUT_P,
-                        HEAD_DIM).to(dot_type)  # fmt: skip
+        if P_BLOCKS > 1:
+            x = load_inputs(at_x, x_st, mx_ptr, head, j, p, in_tokens, ranks, RAGGED, RANKS, CUT_P,
+                            HEAD_DIM).to(dot_type)  # fmt: skip
         y = products(qa, qb, qc, Sa, Sb, Sc, dot_type, PRECISION) * from_entry[:, None]
         dSa = load_state(at_dS, p, p_in, dot_type, RAGGED or CUT_P, W, PITCH).to(tl.float32)
         dSb = load_state(at_dS + W, p, p_in, dot_type, RAGGED or CUT_P, W, PITCH).to(tl.float32)

@@ -21,7 +21,7 @@ def mamba3_prepare_bwd_kernel(
 ):  # fmt: skip
     """Gradients of dt, A and trap (B, T, H), and each chunk's share of d dt_bias (chunks, H).
 
-    grad (6, chunks, H, Q): of a_t; what t leaves in the state that leaves; of s_t; of gamma_t as
+    grad (5, chunks, H, Q): of a_t; what t leaves in the state that leaves; of s_t; of gamma_t as
     what t adds to itself; of Δ through the angles, in TURNS parts. before (B, T): the real token
     before each, -1 for none (with a mask).
     """

@@ -68,6 +68,33 @@ def laid_out_alike(x, y, FAST: tl.constexpr):
 
 
 @triton.jit
+def fresh(x, FAST: tl.constexpr):
+    """x, an int32 that a loop counts, as a number that LLVM knows nothing about.
+
+    Addresses that it can foresee it keeps in registers from step to step, of which there are too
+    few: steps that form them anew took a seventh less time.
+    """
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        return x
+
+
+@triton.jit
+def fresh_zero(x, FAST: tl.constexpr):
+    """0, a multiple of 64, as a number that may be another one in each step; see `fresh`."""
+    if FAST:
+        zero = tl.inline_asm_elementwise(
+            "and.b32 $0, $1, 0;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1
+        )
+        return zero * 64
+    else:
+        return x * 0
+
+
+@triton.jit
 def load_token(at, Q: tl.constexpr, RANKS: tl.constexpr):
     """The four numbers of the token of each of a chunk's rows; see `mamba3_prepare_kernel`.
 

@@ -21,7 +21,7 @@ from ssm_hf.ops.mamba3_scan.kernels import (
     mamba3_states_kernel,
 )
 from ssm_hf.ops.mamba3_scan.kernels_sum import mamba3_prepare_bwd_kernel
-from ssm_hf.ops.mamba3_scan.launch_grads import Found, of_ranks, sum_parts
+from ssm_hf.ops.mamba3_scan.launch_grads import Found, of_chunks, sum_parts
 from ssm_hf.ops.mamba3_scan.launch_parts import (
     TURN,
     Inputs,
@@ -280,9 +280,9 @@ def _gradients_of(
     dx, dz = t.x.new_empty(t.x.shape), None if t.z is None else t.z.new_empty(t.z.shape)
     dmimo = [None if m is None else new(*of_chunk, k.head_dim) for m in t[11:14]]
     dD = None if t.D is None else new(k.chunks, k.heads)
-    grad = new(6, k.chunks, k.heads, k.chunk)
+    grad = new(5, k.chunks, k.heads, k.chunk)
     found = Found(dx, dz, dmimo[0], dmimo[1], dmimo[2], dD, grad)
-    sums = of_ranks(k, t, marks, made, dy, states, dstates, extra, found)
+    sums = of_chunks(k, t, marks, made, dy, states, dstates, extra, found)
     del states, dstates
 
     ddt, dA = (v.new_empty(v.shape) for v in (t.dt, t.A))

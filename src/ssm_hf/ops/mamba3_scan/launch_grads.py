@@ -1,8 +1,6 @@
 """Launches of Mamba-3's backward scan from the states of chunks to the gradients of B, C, angles.
 
-With one rank `mamba3_bwd_kernel` walks over the heads of a chunk and keeps the sums of dB and dC in
-registers. With more, it would form operands of several times as many rows at each step; there each
-chunk and head has a program of its own, and sums over heads follow.
+Each chunk and head has a program of its own, and sums over heads follow.
 """
 
 from typing import Any, NamedTuple
@@ -11,10 +9,8 @@ import torch
 from torch import Tensor
 
 from ssm_hf.ops.launch import processors
-from ssm_hf.ops.mamba3_scan.kernels_bwd import mamba3_bwd_kernel
 from ssm_hf.ops.mamba3_scan.kernels_heads import mamba3_heads_kernel, mamba3_turns_kernel
 from ssm_hf.ops.mamba3_scan.kernels_keys import mamba3_keys_kernel, mamba3_queries_kernel
-from ssm_hf.ops.mamba3_scan.kernels_pairs import mamba3_pairs_kernel
 from ssm_hf.ops.mamba3_scan.kernels_sum import mamba3_sum_kernel
 from ssm_hf.ops.mamba3_scan.launch_parts import (
     Inputs,
@@ -26,8 +22,6 @@ from ssm_hf.ops.mamba3_scan.launch_parts import (
 )
 
 # Triton's annotations do not know that plain values may stand for constants.
-_pairs_kernel: Any = mamba3_pairs_kernel
-_bwd_kernel: Any = mamba3_bwd_kernel
 _keys_kernel: Any = mamba3_keys_kernel
 _queries_kernel: Any = mamba3_queries_kernel
 _heads_kernel: Any = mamba3_heads_kernel
@@ -36,7 +30,7 @@ _sum_kernel: Any = mamba3_sum_kernel
 
 
 class Found(NamedTuple):
-    """What the kernels of chunks and heads fill; see `mamba3_pairs_kernel`."""
+    """What the kernels of chunks and heads fill; see `mamba3_keys_kernel`."""
 
     dx: Tensor
     dz: Tensor | None
@@ -76,53 +70,7 @@ def _blocks(k: Sizes, options: dict[str, Any]) -> dict[str, Any]:
     return {"P_BLOCKS": -(-k.head_dim // options["BLOCK_P"]), "PREFETCH": k.prefetch, **k.shape}
 
 
-def of_one_rank(
-    k: Sizes,
-    t: Inputs,
-    marks: Marks,
-    made: Prepared,
-    dy: Tensor,
-    states: Tensor,
-    dstates: Tensor,
-    extra: Tensor | None,
-    found: Found,
-) -> Sums:
-    """Launch `mamba3_pairs_kernel` and `mamba3_bwd_kernel`."""
-    rows = k.chunk * k.padded
-    pairs = states.new_empty(k.chunks, k.heads, rows, rows)
-    turn = _new(k, k.chunks, k.heads, k.width) if k.angles else None
-    numbers = _numbers(k, t, marks, dy, found.grad)
-    options = k.options("mamba3_pairs")
-    _pairs_kernel[(k.chunks * k.heads,)](
-        t.x, t.mimo_x, made.B, made.B_bias, made.C, made.C_bias, t.D, t.z, t.mimo_z, t.mimo_o,
-        marks.mask, dy, made.token, made.scale, made.angle, states, dstates, found.dx,
-        found.dmimo_x, found.dD, found.dz, found.dmimo_z, found.dmimo_o, found.grad, pairs, turn,
-        *numbers, **_blocks(k, options), **options,
-    )  # fmt: skip
-    options = k.options("mamba3_bwd")
-    heads = _heads_per_program(k, options.pop("HEADS"))
-    parts = k.heads // k.groups // heads
-    dB, dC = (_new(k, parts, *made.B.shape) for _ in range(2))
-    dB_bias, dC_bias = (
-        None if b is None else _new(k, k.chunks, k.heads, k.ranks, k.pitch)
-        for b in (t.B_bias, t.C_bias)
-    )
-    dturns = dphase = None
-    if k.angles:
-        dturns = _new(k, 2 * k.groups * parts, k.batch, k.length, k.width)
-        dphase = _new(k, 2, k.rows, k.heads, k.width, zero=k.varlen)
-    _bwd_kernel[((3 if k.rest else 2) * k.chunks * k.groups * parts,)](
-        t.x, t.mimo_x, made.B, made.B_bias, made.C, made.C_bias, t.z, t.mimo_z, t.mimo_o,
-        marks.mask, dy, made.token, made.scale, made.turns, made.angle, states, dstates, pairs,
-        turn, extra, marks.last, dB, dB_bias, dC, dC_bias, found.grad, dturns, dphase,
-        *numbers, made.B.numel(), 0 if dturns is None else dturns[0].numel(),
-        0 if dphase is None else dphase[0].numel(), HEADS=heads, HEAD_BLOCKS=parts,
-        **_blocks(k, options), **options,
-    )  # fmt: skip
-    return Sums(dB, dC, dB_bias, dC_bias, dturns, dphase, 2 if k.angles else 0)
-
-
-def of_ranks(
+def of_chunks(
     k: Sizes,
     t: Inputs,
     marks: Marks,

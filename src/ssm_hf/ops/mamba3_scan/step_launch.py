@@ -70,7 +70,11 @@ def mamba3_mix_step_triton(
     batch, heads, head_dim, n = ssm_state.shape
     pairs, ranks = angle_state.shape[-1], k_state.shape[1]
     out = proj.new_empty(batch, heads * head_dim)
-    options = dict(tuned("mamba3_step", _size(batch * heads), proj.device))
+    size = "few" if batch * heads < _FEW_PROGRAMS else "many"
+    if ranks == 1 and norm_weight is None:
+        # A warp alone waits for no other.
+        size = "light"
+    options = dict(tuned("mamba3_step", size, proj.device))
     block_n = _power_of_two(n)
     # As many channels as fill the tuned number of states, but no more than a head has. The norm
     # takes a whole head.
@@ -89,10 +93,6 @@ def mamba3_mix_step_triton(
             **overlapping(overlap, proj.device),
         )  # fmt: skip
     return out
-
-
-def _size(programs: int) -> str:
-    return "few" if programs < _FEW_PROGRAMS else "many"
 
 
 @mamba3_mix_step_triton.register_fake
