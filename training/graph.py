@@ -23,7 +23,7 @@ class GraphedPass:
 
     Gradients keep their addresses; who reduces or clips them does so in place. There are two
     graphs: the first pass of a step writes the gradients, the others add to them, so that nobody
-    has to zero them.
+    has to zero them. Weights in 16 bits are formed once a step, by its first pass.
 
     Args:
         run: the pass.
@@ -36,6 +36,7 @@ class GraphedPass:
         self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._batch: Batch = {}
         self._share = torch.empty(0)
+        self._narrow = ssm_hf.NarrowWeights()
 
     def __call__(self, batch: Batch, share: Tensor, is_first: bool) -> Tensor:
         """What the pass returns, in a tensor of its own; `is_first` of the passes of one step.
@@ -50,7 +51,7 @@ class GraphedPass:
                 torch._foreach_zero_(self.gradients())
             return self._run(batch, share)
         if is_first not in self._graphs:
-            self._graphs[is_first] = self._captured()
+            self._graphs[is_first] = self._captured(is_first)
         for name, value in batch.items():
             self._batch[name].copy_(value)
         self._share.copy_(share)
@@ -61,6 +62,7 @@ class GraphedPass:
     def forget(self) -> None:
         """Capture anew at the next call."""
         self._graphs, self._batch = {}, {}
+        self._narrow = ssm_hf.NarrowWeights()
 
     def gradients(self) -> list[Tensor]:
         """Those that the passes have formed."""
@@ -88,7 +90,7 @@ class GraphedPass:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            with ssm_hf.compile_ahead():
+            with ssm_hf.compile_ahead(), self._narrow.in_pass():
                 self._run(self._batch, self._share)
             self._forget_gradients()
             torch.cuda.set_rng_state(generator)
@@ -98,7 +100,7 @@ class GraphedPass:
         torch.cuda.synchronize()
         gc.collect()  # cycles hold nodes of the autograd graph, which belong to the other stream
         torch.cuda.empty_cache()  # the graphs' memory comes on top of what these runs have left
-        graph, figures = self._graphs[True] = self._captured()
+        graph, figures = self._graphs[True] = self._captured(is_first=True)
         torch.cuda.set_rng_state(generator)
         graph.replay()
         got = self._summary(figures)
@@ -119,11 +121,12 @@ class GraphedPass:
         for p in self._parameters:
             p.grad = None
 
-    def _captured(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def _captured(self, is_first: bool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """A graph that writes the gradients where there are none yet, else adds to them."""
         graph = torch.cuda.CUDAGraph()
         pool = next((g.pool() for g, _ in self._graphs.values()), None)
         # Other threads, a loader's, may go on using the GPU.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        capture = torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
+        with capture, self._narrow.in_pass(renew=is_first):
             figures = self._run(self._batch, self._share)
         return graph, figures

@@ -14,6 +14,7 @@ from ssm_hf.models.mamba3 import Mamba3Config, Mamba3ForCausalLM, Mamba3Model
 from ssm_hf.models.taipan import TaipanConfig, TaipanForCausalLM, TaipanModel
 from ssm_hf.ops import (
     ImplementationUnavailableError,
+    NarrowWeights,
     compile_ahead,
     implementation,
     implementations,
@@ -43,6 +44,7 @@ __all__ = [
     "MambaConfig",
     "MambaForCausalLM",
     "MambaModel",
+    "NarrowWeights",
     "RecurrentCache",
     "RecurrentLayer",
     "SequenceInfo",

@@ -15,6 +15,7 @@ from ssm_hf.ops.dispatch import (
 from ssm_hf.ops.linear_scan import linear_scan
 from ssm_hf.ops.mamba3_scan import Mamba3State, mamba3_scan
 from ssm_hf.ops.moe import moe_experts, moe_route
+from ssm_hf.ops.narrow import NarrowWeights
 from ssm_hf.ops.rms_norm import add_rms_norm, rms_norm
 from ssm_hf.ops.selective_scan import selective_scan
 from ssm_hf.ops.ssd import ssd
@@ -27,6 +28,7 @@ else:
 __all__ = [
     "ImplementationUnavailableError",
     "Mamba3State",
+    "NarrowWeights",
     "add_rms_norm",
     "causal_conv1d",
     "compile_ahead",

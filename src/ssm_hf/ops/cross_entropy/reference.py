@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssm_hf.ops.narrow import narrow
 from ssm_hf.ops.packing import backward_in_given_precision, compute_dtype
 from ssm_hf.ops.product import product_into
 
@@ -90,7 +91,7 @@ def loss_and_gradients(
     wide = compute_dtype(weight)
     rows, index = hidden.reshape(-1, width).to(dtype), targets.reshape(-1)
     tokens = rows.shape[0]
-    narrow, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
+    narrowed, offset = narrow(weight, dtype), None if bias is None else bias.to(dtype)
     dhidden = rows.new_empty(rows.shape if wanted.hidden else (0,))
     dweight = rows.new_empty(weight.shape if wanted.weight else (0,), dtype=wide)
     if tokens == 0:
@@ -104,10 +105,10 @@ def loss_and_gradients(
     for start in range(0, tokens, size):
         chunk = slice(start, min(start + size, tokens))
         h = rows[chunk]
-        logits = project(h, narrow, offset)
+        logits = project(h, narrowed, offset)
         losses[chunk] = score(logits, index[chunk], ignore_index, any(wanted))
         if wanted.hidden:
-            dhidden[chunk] = logits @ narrow
+            dhidden[chunk] = logits @ narrowed
         if wanted.weight:
             (_add_product if start else product_into)(dweight, logits.t(), h)
         if wanted.bias:

@@ -9,6 +9,7 @@ from torch import Tensor
 from ssm_hf.ops.causal_conv1d import launch as conv
 from ssm_hf.ops.dispatch import keeps_activations
 from ssm_hf.ops.launch import KERNEL_DTYPES, check_tensors
+from ssm_hf.ops.narrow import is_kept, narrow
 from ssm_hf.ops.product import product_into
 from ssm_hf.ops.selective_scan import launch as scan
 
@@ -57,8 +58,8 @@ def _forward(
     weights in proj's dtype if they are in another one (else empty)."""
     hidden, z = proj.chunk(2, dim=-1)
     x = _convolved(hidden, conv_weight, conv_bias, doc, order, counts)
-    narrow_x, narrow_dt = x_weight.to(x.dtype), dt_weight.to(x.dtype)
-    narrow_out = None if out_weight is None else out_weight.to(x.dtype)
+    narrow_x, narrow_dt = narrow(x_weight, x.dtype), narrow(dt_weight, x.dtype)
+    narrow_out = None if out_weight is None else narrow(out_weight, x.dtype)
     inner_proj = F.linear(x, narrow_x)
     low, B, C = _split(inner_proj, dt_weight.shape[1])
     dt = F.linear(low, narrow_dt)
@@ -71,7 +72,9 @@ def _forward(
     if not keep:
         x, dt = y.new_empty(0), y.new_empty(0)
     weights = ((narrow_x, x_weight), (narrow_dt, dt_weight), (narrow_out, out_weight))
-    kept = [y.new_empty(0) if w is None or not keep or w is of else w for w, of in weights]
+    kept = [
+        y.new_empty(0) if w is None or not keep or is_kept(of, y.dtype) else w for w, of in weights
+    ]
     return result, inner_proj, ungated, states, x, dt, kept[0], kept[1], kept[2]
 
 
@@ -144,14 +147,14 @@ def _backward(
     empty, rank = proj.new_empty(0), dt_weight.shape[1]
 
     narrow_x, narrow_dt = (
-        kept if kept.numel() else weight.to(proj.dtype)
+        kept if kept.numel() else narrow(weight, proj.dtype)
         for kept, weight in ((narrow_x, x_weight), (narrow_dt, dt_weight))
     )
 
     dy = dout.contiguous()
     rows = dy.flatten(0, 1)
     if out_weight is not None:
-        dy = dy @ (narrow_out if narrow_out.numel() else out_weight.to(dy.dtype))
+        dy = dy @ (narrow_out if narrow_out.numel() else narrow(out_weight, dy.dtype))
     if not x.numel():
         x = _convolved(hidden, conv_weight, conv_bias, doc, order, counts)
     low, B, C = _split(inner_proj, rank)

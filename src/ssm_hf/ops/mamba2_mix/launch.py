@@ -9,6 +9,7 @@ from torch import Tensor
 from ssm_hf.ops.causal_conv1d import launch as conv
 from ssm_hf.ops.dispatch import keeps_activations
 from ssm_hf.ops.launch import KERNEL_DTYPES, check_tensors
+from ssm_hf.ops.narrow import is_kept, narrow
 from ssm_hf.ops.product import empty_rows, product_into
 from ssm_hf.ops.rms_norm import launch as norm
 from ssm_hf.ops.ssd import launch as scan
@@ -91,12 +92,12 @@ def _forward(
             mixed, None, z, norm_weight, eps, inner // groups, norm_before_gate, y.dtype
         )
     if out_weight is not None:
-        narrow = out_weight.to(mixed.dtype)
+        narrowed = narrow(out_weight, mixed.dtype)
         if keep and norm_weight is not None:
             normed = mixed
-        if keep and out_weight.dtype != mixed.dtype:
-            kept_weight = narrow
-        mixed = F.linear(mixed, narrow, None if out_bias is None else out_bias.to(mixed.dtype))
+        if keep and not is_kept(out_weight, mixed.dtype):
+            kept_weight = narrowed
+        mixed = F.linear(mixed, narrowed, None if out_bias is None else out_bias.to(mixed.dtype))
     elif norm_weight is None:
         mixed = mixed.clone()
     return mixed, y, ungated, scale, kept_conv, normed, kept_weight
@@ -125,13 +126,13 @@ def _(
     inner = _split(proj, conv_weight, dt_bias).z.shape[-1]
     y = proj.new_empty(batch, length, heads, inner // heads)
     rows = 0 if norm_weight is None else batch * length
-    conv_out, normed, narrow = (proj.new_empty(0) for _ in range(3))
+    conv_out, normed, narrowed = (proj.new_empty(0) for _ in range(3))
     if options[-1]:
         conv_out = proj.new_empty(batch, length, conv_weight.shape[0])
         if out_weight is not None and norm_weight is not None:
             normed = proj.new_empty(batch, length, inner)
         if out_weight is not None and out_weight.dtype != proj.dtype:
-            narrow = proj.new_empty(out_weight.shape)
+            narrowed = proj.new_empty(out_weight.shape)
     return (
         proj.new_empty(batch, length, inner if out_weight is None else out_weight.shape[0]),
         y,
@@ -139,7 +140,7 @@ def _(
         proj.new_empty((rows, groups) if rows else (0,), dtype=torch.float32),
         conv_out,
         normed,
-        narrow,
+        narrowed,
     )
 
 
@@ -151,7 +152,7 @@ def _backward(
     scale: Tensor,
     conv_out: Tensor,
     normed: Tensor,
-    narrow: Tensor,
+    narrowed: Tensor,
     proj: Tensor,
     conv_weight: Tensor,
     conv_bias: Tensor | None,
@@ -183,7 +184,7 @@ def _backward(
     dmixed = dout.contiguous()
     rows = dmixed.flatten(0, 1)
     if out_weight is not None:
-        dmixed = dmixed @ (narrow if narrow.numel() else out_weight.to(dmixed.dtype))
+        dmixed = dmixed @ (narrowed if narrowed.numel() else narrow(out_weight, dmixed.dtype))
     mixed, dy, gate, dgate = y.flatten(2), dmixed, None, empty
     if norm_weight is None:
         gate, dgate = (v.unflatten(-1, (heads, -1)) for v in (parts.z, dparts.z))

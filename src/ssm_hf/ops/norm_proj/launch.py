@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ssm_hf.ops.dispatch import keeps_activations
 from ssm_hf.ops.launch import KERNEL_DTYPES, check_tensors
+from ssm_hf.ops.narrow import is_kept, narrow
 from ssm_hf.ops.product import empty_rows, linear_in_rows, product_into
 from ssm_hf.ops.rms_norm import launch as norm
 
@@ -27,11 +28,11 @@ def _forward(
     normed, total, scale = norm._forward(
         x, residual, None, norm_weight, eps, x.shape[-1], False, dtype
     )
-    narrow = weight.to(dtype)
-    y = linear_in_rows(normed, narrow, None if bias is None else bias.to(dtype))
-    if not keep or weight.dtype == dtype:
-        narrow = normed.new_empty(0)
-    return y, total, scale, normed if keep else normed.new_empty(0), narrow
+    narrowed = narrow(weight, dtype)
+    y = linear_in_rows(normed, narrowed, None if bias is None else bias.to(dtype))
+    if not keep or is_kept(weight, dtype):
+        narrowed = normed.new_empty(0)
+    return y, total, scale, normed if keep else normed.new_empty(0), narrowed
 
 
 @_forward.register_fake
@@ -46,9 +47,9 @@ def _(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     normed, total, scale = norm._empty_outputs(x, residual, norm_weight, x.shape[-1], dtype)
-    narrow = normed.new_empty(weight.shape if keep and weight.dtype != dtype else (0,))
+    narrowed = normed.new_empty(weight.shape if keep and weight.dtype != dtype else (0,))
     y = empty_rows(normed, *x.shape[:-1], weight.shape[0])
-    return y, total, scale, normed if keep else normed.new_empty(0), narrow
+    return y, total, scale, normed if keep else normed.new_empty(0), narrowed
 
 
 @torch.library.custom_op("ssm_hf::norm_proj_bwd", mutates_args=())
@@ -58,7 +59,7 @@ def _backward(
     h: Tensor,
     scale: Tensor,
     normed: Tensor,
-    narrow: Tensor,
+    narrowed: Tensor,
     norm_weight: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -71,7 +72,7 @@ def _backward(
     grads = _empty_grads(h, norm_weight, weight, bias, dtype, residual_dtype, wanted)
     dx, dresidual, dnorm_weight, dweight, dbias = grads
     rows = norm._rows(dy)
-    dnormed = rows @ (narrow if narrow.numel() else weight.to(dy.dtype))
+    dnormed = rows @ (narrowed if narrowed.numel() else narrow(weight, dy.dtype))
     again = torch.empty_like(dnormed) if wanted[1] and not normed.numel() else None
     norm.gradients_into(
         dx, dresidual, h.new_empty(0), dnorm_weight, again, dnormed, dtotal, h, None, norm_weight,
@@ -109,7 +110,7 @@ def _(
     h: Tensor,
     scale: Tensor,
     normed: Tensor,
-    narrow: Tensor,
+    narrowed: Tensor,
     norm_weight: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -130,14 +131,14 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _gradients(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, *_: None) -> tuple[Any, ...]:
-    h, scale, normed, narrow, norm_weight, weight, bias = ctx.saved_tensors
+    h, scale, normed, narrowed, norm_weight, weight, bias = ctx.saved_tensors
     if dy is None:
         dy = h.new_zeros((), dtype=ctx.y_dtype).expand(*h.shape[:-1], weight.shape[0])
     wanted = list(ctx.needs_input_grad[2:5])
     has_residual = ctx.residual_dtype is not None
     dx, dresidual, *of_weights = _backward(
-        dy, dtotal if has_residual else None, h, scale, normed, narrow, norm_weight, weight, bias,
-        ctx.dtype, ctx.residual_dtype, wanted,
+        dy, dtotal if has_residual else None, h, scale, normed, narrowed, norm_weight, weight,
+        bias, ctx.dtype, ctx.residual_dtype, wanted,
     )  # fmt: skip
     if ctx.residual_dtype == ctx.dtype:
         dresidual = dx
