@@ -16,6 +16,8 @@ what each one hands to the next (backwards: to the one before it).
 import triton
 import triton.language as tl
 
+from ssm_hf.ops.mamba3_scan.kernels_tiles import widened
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -59,9 +61,9 @@ def _sigmoid(v):
 
 
 @triton.jit
-def _load_rows(ptr, stride, t, columns, inside):
+def _load_rows(ptr, stride, t, columns, inside, FAST: tl.constexpr):
     tile = tl.load(ptr + t[:, None] * stride + columns[None, :], mask=inside, other=0.0)
-    return tile.to(tl.float32)
+    return widened(tile, FAST)
 
 
 @triton.jit
@@ -76,7 +78,12 @@ def _per_channel(ptr, channels, BLOCK_T: tl.constexpr, E):
     if ptr is not None:
         any_token = tl.arange(0, BLOCK_T)[:, None] >= 0
         tile += _load_rows(
-            ptr, 0, tl.arange(0, BLOCK_T), channels, any_token & (channels < E)[None, :]
+            ptr,
+            0,
+            tl.arange(0, BLOCK_T),
+            channels,
+            any_token & (channels < E)[None, :],
+            False,
         )
     return tile
 
@@ -179,6 +186,7 @@ def selective_scan_carry_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
+    FAST: tl.constexpr,
 ):
     """carry (rows, segments, 2, E, N): P and Q of the map s -> P s + Q that a segment stands for.
 
@@ -225,14 +233,14 @@ def selective_scan_carry_kernel(
         z_ptr += long * z_t
     for _ in tl.range(0, tiles, num_stages=STAGES):
         here = (t0 + t >= start) & (t0 + t < end)
-        v = _load_rows(v_ptr, v_t, t, e, here[:, None] & in_e[None, :])
-        raw = _load_rows(dt_ptr, dt_t, t, e, here[:, None] & in_e[None, :])
-        W = _load_rows(W_ptr, W_t, t, n, here[:, None] & in_n[None, :])
+        v = _load_rows(v_ptr, v_t, t, e, here[:, None] & in_e[None, :], FAST)
+        raw = _load_rows(dt_ptr, dt_t, t, e, here[:, None] & in_e[None, :], FAST)
+        W = _load_rows(W_ptr, W_t, t, n, here[:, None] & in_n[None, :], FAST)
         v_ptr += step * v_t
         dt_ptr += step * dt_t
         W_ptr += step * W_t
         if z_ptr is not None:
-            z = _load_rows(z_ptr, z_t, t, e, here[:, None] & in_e[None, :])
+            z = _load_rows(z_ptr, z_t, t, e, here[:, None] & in_e[None, :], FAST)
             z_ptr += step * z_t
             v *= z * _sigmoid(z)
         real = here[:, None] & in_e[None, :]
@@ -305,6 +313,7 @@ def selective_scan_fwd_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
+    FAST: tl.constexpr,
 ):
     """One program per row (or document), segment of the row and block of channels.
 
@@ -354,16 +363,16 @@ def selective_scan_fwd_kernel(
     for t0 in tl.range(start, end, BLOCK_T, num_stages=STAGES):
         inside = (t0 + t < end)[:, None] & in_e[None, :]
         inside_n = (t0 + t < end)[:, None] & in_n[None, :]
-        x = _load_rows(x_ptr, x_t, t, e, inside)
-        raw = _load_rows(dt_ptr, dt_t, t, e, inside)
-        B = _load_rows(B_ptr, B_t, t, n, inside_n)
-        C = _load_rows(C_ptr, C_t, t, n, inside_n)
+        x = _load_rows(x_ptr, x_t, t, e, inside, FAST)
+        raw = _load_rows(dt_ptr, dt_t, t, e, inside, FAST)
+        B = _load_rows(B_ptr, B_t, t, n, inside_n, FAST)
+        C = _load_rows(C_ptr, C_t, t, n, inside_n, FAST)
         x_ptr += BLOCK_T * x_t
         dt_ptr += BLOCK_T * dt_t
         B_ptr += BLOCK_T * B_t
         C_ptr += BLOCK_T * C_t
         if z_ptr is not None:
-            z = _load_rows(z_ptr, z_t, t, e, inside)
+            z = _load_rows(z_ptr, z_t, t, e, inside, FAST)
             z_ptr += BLOCK_T * z_t
         real = inside
         if mask_ptr is not None:

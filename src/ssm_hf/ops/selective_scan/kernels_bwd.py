@@ -126,6 +126,7 @@ def selective_scan_bwd_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
+    FAST: tl.constexpr,
 ):
     """One program per row (or document), segment of the row and block of channels.
 
@@ -193,9 +194,9 @@ def selective_scan_bwd_kernel(
         noted = scratch_ptr
         for t0 in tl.range(c0, stop, BLOCK_F, num_stages=STAGES):
             here = t0 + f < stop
-            x = _load_rows(x_at, x_t, f, e, here[:, None] & in_e[None, :])
-            raw = _load_rows(dt_at, dt_t, f, e, here[:, None] & in_e[None, :])
-            B = _load_rows(B_at, B_t, f, n, here[:, None] & in_n[None, :])
+            x = _load_rows(x_at, x_t, f, e, here[:, None] & in_e[None, :], FAST)
+            raw = _load_rows(dt_at, dt_t, f, e, here[:, None] & in_e[None, :], FAST)
+            B = _load_rows(B_at, B_t, f, n, here[:, None] & in_n[None, :], FAST)
             x_at += BLOCK_F * x_t
             dt_at += BLOCK_F * dt_t
             B_at += BLOCK_F * B_t
@@ -225,15 +226,15 @@ def selective_scan_bwd_kernel(
         y_at = dy_at if z_ptr is None else ungated_ptr + (first + long) * E
         noted = scratch_ptr + (tiles - 1) * (BLOCK_E * BLOCK_N)
         here = long + t < stop
-        x_next = _load_rows(x_at, x_t, t, e, here[:, None] & in_e[None, :])
-        dt_next = _load_rows(dt_at, dt_t, t, e, here[:, None] & in_e[None, :])
-        dy_next = _load_rows(dy_at, dy_t, t, e, here[:, None] & in_e[None, :])
-        B_next = _load_rows(B_at, B_t, t, n, here[:, None] & in_n[None, :])
-        C_next = _load_rows(C_at, C_t, t, n, here[:, None] & in_n[None, :])
+        x_next = _load_rows(x_at, x_t, t, e, here[:, None] & in_e[None, :], FAST)
+        dt_next = _load_rows(dt_at, dt_t, t, e, here[:, None] & in_e[None, :], FAST)
+        dy_next = _load_rows(dy_at, dy_t, t, e, here[:, None] & in_e[None, :], FAST)
+        B_next = _load_rows(B_at, B_t, t, n, here[:, None] & in_n[None, :], FAST)
+        C_next = _load_rows(C_at, C_t, t, n, here[:, None] & in_n[None, :], FAST)
         z_next, y_next = x_next, x_next
         if z_ptr is not None:
-            z_next = _load_rows(z_at, z_t, t, e, here[:, None] & in_e[None, :])
-            y_next = _load_rows(y_at, E, t, e, here[:, None] & in_e[None, :])
+            z_next = _load_rows(z_at, z_t, t, e, here[:, None] & in_e[None, :], FAST)
+            y_next = _load_rows(y_at, E, t, e, here[:, None] & in_e[None, :], FAST)
         for tile in range(tiles - 1, -1, -1):
             x, raw, dy, B, C, z, y = x_next, dt_next, dy_next, B_next, C_next, z_next, y_next
             at = c0 + tile * BLOCK_T + t
@@ -248,16 +249,16 @@ def selective_scan_bwd_kernel(
             B_at -= BLOCK_T * B_t
             C_at -= BLOCK_T * C_t
             more = (t >= 0) & (tile > 0)
-            x_next = _load_rows(x_at, x_t, t, e, more[:, None] & in_e[None, :])
-            dt_next = _load_rows(dt_at, dt_t, t, e, more[:, None] & in_e[None, :])
-            dy_next = _load_rows(dy_at, dy_t, t, e, more[:, None] & in_e[None, :])
-            B_next = _load_rows(B_at, B_t, t, n, more[:, None] & in_n[None, :])
-            C_next = _load_rows(C_at, C_t, t, n, more[:, None] & in_n[None, :])
+            x_next = _load_rows(x_at, x_t, t, e, more[:, None] & in_e[None, :], FAST)
+            dt_next = _load_rows(dt_at, dt_t, t, e, more[:, None] & in_e[None, :], FAST)
+            dy_next = _load_rows(dy_at, dy_t, t, e, more[:, None] & in_e[None, :], FAST)
+            B_next = _load_rows(B_at, B_t, t, n, more[:, None] & in_n[None, :], FAST)
+            C_next = _load_rows(C_at, C_t, t, n, more[:, None] & in_n[None, :], FAST)
             if z_ptr is not None:
                 z_at -= BLOCK_T * z_t
                 y_at -= BLOCK_T * E
-                z_next = _load_rows(z_at, z_t, t, e, more[:, None] & in_e[None, :])
-                y_next = _load_rows(y_at, E, t, e, more[:, None] & in_e[None, :])
+                z_next = _load_rows(z_at, z_t, t, e, more[:, None] & in_e[None, :], FAST)
+                y_next = _load_rows(y_at, E, t, e, more[:, None] & in_e[None, :], FAST)
             real = inside
             if mask_ptr is not None:
                 mask = tl.load(mask_ptr + first + at, mask=at < stop, other=0)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssm_hf.ops import launch as common
 from ssm_hf.ops.launch import (
     KERNEL_DTYPES,
     call,
@@ -43,17 +44,15 @@ def why_unsupported(A: Tensor, *others: Tensor | None) -> str | None:
 
 
 def _options(kernel: str, rows: int, x: Tensor, states: int) -> dict[str, Any]:
-    """Launch options and block sizes, for "few" or "many" channels to a multiprocessor, or "wide"
-    channels of more than 32 states.
+    """Launch options and block sizes, for "many" channels to a multiprocessor, or "wide" channels
+    of more than 32 states.
 
     STATES is what a program owns at N = 16. With more states a program has more warps, up to 8, and
     only then fewer channels: the shares of B's gradient are as many as there are channel blocks.
     """
     channels = x.shape[2]
     a_processor = rows * channels // processors(x.device)
-    size = "few" if a_processor < 64 else "many" if a_processor >= 192 else "default"
-    if states > 32:
-        size = "wide"
+    size = "wide" if states > 32 else "many" if a_processor >= 192 else "default"
     options: dict[str, Any] = dict(tuned(kernel, size, x.device))
     owned = options.pop("STATES")
     a_warp = owned // options["num_warps"]
@@ -62,7 +61,9 @@ def _options(kernel: str, rows: int, x: Tensor, states: int) -> dict[str, Any]:
     warps = min(max(block_e * block_n // a_warp, 1), 8)
     block_e = max(min(warps * a_warp // block_n, 1 << (channels - 1).bit_length()), 1)
     warps = max(block_e * block_n // a_warp, 1)
-    return {**options, "BLOCK_N": block_n, "BLOCK_E": block_e, "num_warps": warps}
+    # Instructions of NVIDIA's GPUs; with them ptxas orders the rest worse for wide channels.
+    fast = size != "wide" and common.architecture(x.device).startswith("sm")
+    return {**options, "BLOCK_N": block_n, "BLOCK_E": block_e, "FAST": fast, "num_warps": warps}
 
 
 def _rows(*tensors: Tensor | None) -> list[Any]:
