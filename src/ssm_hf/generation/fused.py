@@ -26,8 +26,9 @@ class FusedSelection(Selection):
     def __init__(self, recipe: Recipe, batch: int, vocabulary: int, device: torch.device) -> None:
         super().__init__(recipe, batch, vocabulary, device)
         self.cuts = bool(recipe.top_k) or recipe.top_p < 1 or recipe.min_p > 0
-        options = tuned("next_token_scores", "default", device)
-        self.blocks = -(-vocabulary // options["BLOCK"])
+        # A cut wants the best scores of many small parts.
+        self._options = tuned("next_token_scores", "cut" if self.cuts else "default", device)
+        self.blocks = -(-vocabulary // self._options["BLOCK"])
         self.best = torch.empty(batch, self.blocks, device=device)
         self.at = torch.empty(batch, self.blocks, dtype=torch.int32, device=device)
         self.reals = torch.ones(5, device=device)
@@ -97,7 +98,7 @@ class FusedSelection(Selection):
                 TEMPERATURE=recipe.temperature != 1,
                 DRAW=recipe.sample and not self.cuts,
                 KEEP=self.cuts,
-                **tuned("next_token_scores", "default", device),
+                **self._options,
                 **overlapping(True, device),
             )
             if self.cuts:

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
@@ -257,11 +257,13 @@ class GeneratingMixin:
             position_ids=None if positions is None else positions[:, -length:],
             past_length=cache.get_seq_length(),
         )
-        rotates = any(getattr(m, "rotary_dim", 0) for m in self.modules())
+        # The host walks through them once: the device has nothing to do meanwhile.
+        modules: list[nn.Module] = list(self.modules())
+        rotates = any(m.__dict__.get("rotary_dim") for m in modules)
         if seq.seq_idx is not None or (rotates and not _only_counted(seq)):
             return None
         check_ids(ids, "input_ids", embed.num_embeddings)
-        self._begin_states(cache, batch)
+        self._begin_states(cache, batch, modules)
         head = self.get_output_embeddings()
 
         def make_last() -> Tensor:
@@ -276,12 +278,14 @@ class GeneratingMixin:
             past_key_values=cache,
         )
 
-    def _begin_states(self: Any, cache: RecurrentCache, batch: int) -> None:
+    def _begin_states(
+        self: Any, cache: RecurrentCache, batch: int, modules: list[nn.Module]
+    ) -> None:
         """Zeros for the states that stand before a first token, where the cache has none."""
         if cache.has_previous_state():
             return
         weight: Tensor = self.get_output_embeddings().weight
-        for mixer in self.modules():
+        for mixer in modules:
             if isinstance(mixer, Mixer):
                 layer = cache.layers[mixer.layer_idx]
                 mixer.begin(layer, batch, weight.dtype, weight.device, torch.empty)
