@@ -96,12 +96,13 @@ def test_how_prompts_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
         (2, 1030, [64, 512, 512]),
         (32, 513, [64, 512]),
         (64, 100, [64, 64]),
-        (64, 512, [256, 256]),
+        (64, 512, [512]),
+        (128, 512, [256, 256]),
         (256, 64, [64]),
     ):
         assert prefill.cut(batch, length, 768) == pieces
-    assert prefill.cut(64, 128, 2560) == [64, 64]
-    for batch, length in ((1, 2049), (257, 64), (64, 1100)):
+    assert prefill.cut(64, 128, 2560) == [128]
+    for batch, length in ((1, 2049), (513, 64), (64, 2100)):
         assert prefill.cut(batch, length, 768) is None
 
 
