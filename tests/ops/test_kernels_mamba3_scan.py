@@ -182,17 +182,22 @@ def test_mamba3_scan_kernels_sum_groups_over_blocks_of_heads(
     _assert_equals_reference(_leaves(1, 5, 8, groups=2))
 
 
-def test_mamba3_scan_kernels_take_half_precision_and_repeat_exactly() -> None:
-    leaves = _leaves(1, 20)
+# A log2 of 0, for heads and tokens that are not there.
+@pytest.mark.filterwarnings("ignore:divide by zero")
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mamba3_scan_kernels_take_half_precision_and_repeat_exactly(dtype: torch.dtype) -> None:
+    # Interpreted, products have 16-bit operands with fp16 alone.
+    leaves = _leaves(1, 128, 2) if dtype == torch.float16 else _leaves(1, 20)
     for name in ("x", "dt", "trap", "B", "C", "angles", "z", "k", "v"):
-        leaves[name] = leaves[name].bfloat16()
+        leaves[name] = leaves[name].to(dtype)
     first, second = (_outputs(leaves, "triton") for _ in range(2))
     wide = {name: leaf.double() for name, leaf in leaves.items()}
     for name, expected in _outputs(wide, "reference").items():
         assert torch.equal(first[name], second[name]), name
         # Products have operands of 8 bits on a GPU, and so have dy and what is stored.
         assert _error(name, first[name], expected) < 2e-2, name
-    assert first["y"].dtype == first["dx"].dtype == first["final k"].dtype == torch.bfloat16
+    assert first["y"].dtype == first["dx"].dtype == first["final k"].dtype == dtype
     assert first["final ssm"].dtype == first["final angle"].dtype == torch.float32
 
 

@@ -197,7 +197,7 @@ def describe(
     if nvidia:
         precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
     # Triton's interpreter multiplies the bits of bf16 numbers as if they were integers.
-    interpreted = where == "cpu"
+    interpreted = where == "cpu" and x.dtype == torch.bfloat16
     turning = 0 if angles is None else angles.shape[-1]
     pairs, width, rest = _tiles(turning, states, x.device)
     return Sizes(
