@@ -44,15 +44,17 @@ def why_unsupported(A: Tensor, *others: Tensor | None) -> str | None:
 
 
 def _options(kernel: str, rows: int, x: Tensor, states: int) -> dict[str, Any]:
-    """Launch options and block sizes, for "many" channels to a multiprocessor, or "wide" channels
-    of more than 32 states.
+    """Launch options and block sizes, for "few" or "many" channels to a multiprocessor, or "wide"
+    channels of more than 32 states.
 
     STATES is what a program owns at N = 16. With more states a program has more warps, up to 8, and
     only then fewer channels: the shares of B's gradient are as many as there are channel blocks.
     """
     channels = x.shape[2]
     a_processor = rows * channels // processors(x.device)
-    size = "wide" if states > 32 else "many" if a_processor >= 192 else "default"
+    size = "few" if a_processor < 24 else "many" if a_processor >= 192 else "default"
+    if states > 32:
+        size = "wide"
     options: dict[str, Any] = dict(tuned(kernel, size, x.device))
     owned = options.pop("STATES")
     a_warp = owned // options["num_warps"]
