@@ -46,7 +46,9 @@ def _step(
     if q.numel() == 0:
         return y
     per_group, block_d = heads // groups, max(16, _power(head_dim))
-    options: dict[str, Any] = dict(tuned("interval_attention_step", f"d{block_d}", q.device))
+    # A group's only head has little to do for each key: many small programs read faster.
+    size = "alone" if per_group == 1 else "grouped"
+    options: dict[str, Any] = dict(tuned("interval_attention_step", size, q.device))
     at_once = min(options.pop("HEADS"), _power(per_group))
     # One head leaves room for more keys at a time.
     block_n = max(options.pop("TILE") // (block_d * at_once), 4)
