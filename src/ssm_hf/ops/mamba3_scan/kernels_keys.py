@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ssm_hf.ops.mamba3_scan.kernels_pairs import (
+from ssm_hf.ops.mamba3_scan.kernels_backward import (
     load_state,
     of_tokens,
     prefetch,
