@@ -307,6 +307,21 @@ def test_rows_linear_says_what_disagrees() -> None:
     x, weight = _draw(3, 8), _draw(4, 8)
     with pytest.raises(ValueError, match=r"weight \(O, K\).*\(3, 8\) and \(4, 7\)"):
         rows_linear(x, weight[:, 1:])
+    with pytest.raises(ValueError, match=r"weight's dtype torch.float32, got torch.bfloat16"):
+        rows_linear(x.bfloat16(), weight)
+    with pytest.raises(ValueError, match=r"bias must have shape \(4,\), got \(8,\)"):
+        rows_linear(x, weight, weight[0])
+    with pytest.raises(ValueError, match=r"squares must have shape \(3, Q\), got \(4, 8\)"):
+        rows_linear(x, weight, squares=weight)
+    window, taps = _draw(3, 2, 4), _draw(4, 3)
+    with pytest.raises(ValueError, match=r"conv_state must have shape \(3, 2, 4\)"):
+        rows_linear(x, weight, conv_state=window[:2], conv_weight=taps)
+    with pytest.raises(ValueError, match=r"conv_bias must have shape \(4,\), got \(8,\)"):
+        rows_linear(x, weight, conv_state=window, conv_weight=taps, conv_bias=weight[0])
+    with pytest.raises(ValueError, match=r"conv_first=1 and 4 channels exceed the 4 outputs"):
+        rows_linear(x, weight, conv_state=window, conv_weight=taps, conv_first=1)
+    with pytest.raises(ValueError, match="given together"):
+        rows_linear(x, weight, conv_state=window)
     with pytest.raises(ValueError, match="without bias"):
         rows_linear(x, weight, weight[:, 0], shares=True)
     with pytest.raises(ImplementationUnavailableError, match=r"fp64.*reference"):

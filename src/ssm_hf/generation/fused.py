@@ -10,11 +10,7 @@ from torch import Tensor
 
 from ssm_hf.generation.kernels import cut_kernel, note_kernel, scores_kernel
 from ssm_hf.generation.select import Recipe, Request, Selection
-from ssm_hf.ops.launch import on_device, overlapping, tuned
-
-
-def _power_of_two(size: int) -> int:
-    return 1 << max(size - 1, 0).bit_length()
+from ssm_hf.ops.launch import on_device, overlapping, power_of_two, tuned
 
 
 class FusedSelection(Selection):
@@ -116,7 +112,7 @@ class FusedSelection(Selection):
                     TOP_K=recipe.top_k > 0,
                     TOP_P=recipe.top_p < 1,
                     MIN_P=recipe.min_p > 0,
-                    BLOCK_PARTS=_power_of_two(self.blocks),
+                    BLOCK_PARTS=power_of_two(self.blocks),
                     **tuned("next_token_cut", "top_k" if recipe.top_k else "all", device),
                     **overlapping(True, device),
                 )
@@ -142,9 +138,9 @@ class FusedSelection(Selection):
                 SAMPLE=recipe.sample,
                 EOS=bool(recipe.eos),
                 PENALTY=self.seen is not None,
-                BLOCK_B=min(_power_of_two(batch), 64),
-                BLOCK_PARTS=_power_of_two(parts),
-                BLOCK_EOS=_power_of_two(len(recipe.eos)),
+                BLOCK_B=min(power_of_two(batch), 64),
+                BLOCK_PARTS=power_of_two(parts),
+                BLOCK_EOS=power_of_two(len(recipe.eos)),
                 **tuned("next_token_note", "many" if batch > 16 else "default", device),
                 **overlapping(True, device),
             )

@@ -38,6 +38,11 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def power_of_two(size: int) -> int:
+    """The least power of two that is not below `size`."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
 @functools.cache
 def tuned(kernel: str, size: str, device: torch.device) -> dict[str, int]:
     """Launch options of `kernel` for a size class on `device`.

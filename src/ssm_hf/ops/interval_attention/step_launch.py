@@ -10,17 +10,13 @@ from ssm_hf.ops.interval_attention.kernels_step import (
     interval_attention_step_kernel,
     interval_attention_step_sum_kernel,
 )
-from ssm_hf.ops.launch import KERNEL_DTYPES, call, check_tensors, on_device, tuned
+from ssm_hf.ops.launch import KERNEL_DTYPES, call, check_tensors, on_device, power_of_two, tuned
 
 # Triton's annotations do not know that plain values may stand for constants.
 _step_kernel: Any = interval_attention_step_kernel
 _sum_kernel: Any = interval_attention_step_sum_kernel
 
 _MOST_SPLITS = 128
-
-
-def _power(size: int) -> int:
-    return 1 << max(size - 1, 0).bit_length()
 
 
 @torch.library.custom_op("ssm_hf::interval_attention_step", mutates_args=("keys", "values"))
@@ -45,16 +41,18 @@ def _step(
     y = q.new_empty(q.shape)
     if q.numel() == 0:
         return y
-    per_group, block_d = heads // groups, max(16, _power(head_dim))
+    per_group, block_d = heads // groups, max(16, power_of_two(head_dim))
     # A group's only head has little to do for each key: many small programs read faster.
     size = "alone" if per_group == 1 else "grouped"
     options: dict[str, Any] = dict(tuned("interval_attention_step", size, q.device))
-    at_once = min(options.pop("HEADS"), _power(per_group))
+    at_once = min(options.pop("HEADS"), power_of_two(per_group))
     # One head leaves room for more keys at a time.
     block_n = max(options.pop("TILE") // (block_d * at_once), 4)
     programs = batch * groups * -(-per_group // at_once)
     wanted = options.pop("PROGRAMS") * common.processors(q.device) // programs
-    splits = min(_power(max(wanted, 1) + 1) // 2, _power(-(-window // block_n)), _MOST_SPLITS)
+    splits = min(
+        power_of_two(max(wanted, 1) + 1) // 2, power_of_two(-(-window // block_n)), _MOST_SPLITS
+    )
     parts = tops = totals = None
     if splits > 1:
         parts = q.new_empty(batch, heads, splits, head_dim, dtype=torch.float32)

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from ssm_hf.ops.kernels_dtype import widened
 from ssm_hf.ops.ssd.kernels import load_tile, store_tile
 
 TWO_PI = tl.constexpr(6.283185307179586)
@@ -38,18 +39,6 @@ def sigmoid(x, FAST: tl.constexpr):
         )  # fmt: skip
     else:
         return 1.0 / (1.0 + tl.exp(-x))
-
-
-@triton.jit
-def widened(x, FAST: tl.constexpr):
-    """x in fp32; FAST widens bf16 numbers two at a time, an instruction each."""
-    if FAST and x.dtype == tl.bfloat16:
-        return tl.inline_asm_elementwise(
-            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.float32,
-            is_pure=True, pack=2,
-        )  # fmt: skip
-    else:
-        return x.to(tl.float32)
 
 
 @triton.jit

@@ -11,6 +11,7 @@ from ssm_hf.ops.launch import (
     check_tensors,
     on_device,
     overlapping,
+    power_of_two,
     tuned,
 )
 from ssm_hf.ops.mamba3_scan.kernels_step import mamba3_step_kernel
@@ -19,10 +20,6 @@ from ssm_hf.ops.mamba3_scan.kernels_step import mamba3_step_kernel
 _kernel: Any = mamba3_step_kernel
 # Fewer programs than this leave a GPU's multiprocessors idle.
 _FEW_PROGRAMS = 512
-
-
-def _power_of_two(size: int) -> int:
-    return 1 << max(size - 1, 0).bit_length()
 
 
 @torch.library.custom_op(
@@ -75,10 +72,10 @@ def mamba3_mix_step_triton(
         # A warp alone waits for no other.
         size = "light"
     options = dict(tuned("mamba3_step", size, proj.device))
-    block_n = _power_of_two(n)
+    block_n = power_of_two(n)
     # As many channels as fill the tuned number of states, but no more than a head has. The norm
     # takes a whole head.
-    block_p = _power_of_two(head_dim)
+    block_p = power_of_two(head_dim)
     block_states = options.pop("BLOCK_STATES")
     if norm_weight is None:
         block_p = max(1, min(block_states // block_n, block_p))
@@ -89,7 +86,7 @@ def mamba3_mix_step_triton(
             out.stride(0), heads, n_groups, head_dim, n, pairs, splits, norm_eps, A_floor,
             RANKS=ranks, HEAVY_TAIL=heavy_tail, TRAPEZOID=trapezoid, ROPE=pairs > 0,
             PAIRWISE=pairwise, FAST=architecture(proj.device).startswith("sm"), SPLIT=splits > 1,
-            BLOCK_P=block_p, BLOCK_N=block_n, BLOCK_S=_power_of_two(max(pairs, 1)), **options,
+            BLOCK_P=block_p, BLOCK_N=block_n, BLOCK_S=power_of_two(max(pairs, 1)), **options,
             **overlapping(overlap, proj.device),
         )  # fmt: skip
     return out

@@ -90,7 +90,7 @@ def rows_linear(
         (B, O) in x's dtype, or its shares.
 
     Raises:
-        ValueError: shapes disagree.
+        ValueError: shapes or dtypes disagree.
         ImplementationUnavailableError: `impl="triton"` cannot run.
     """
     if x.ndim != 2 or weight.ndim != 2 or weight.shape[1] != x.shape[1]:
@@ -98,6 +98,8 @@ def rows_linear(
             f"x must have shape (B, K) and weight (O, K), got {tuple(x.shape)} and "
             f"{tuple(weight.shape)}"
         )
+    if x.dtype != weight.dtype:
+        raise ValueError(f"x must be of the weight's dtype {weight.dtype}, got {x.dtype}")
     rows, outputs = x.shape[0], weight.shape[0]
     if bias is not None and bias.shape != (outputs,):
         raise ValueError(f"bias must have shape {(outputs,)}, got {tuple(bias.shape)}")
@@ -113,6 +115,10 @@ def rows_linear(
             raise ValueError(
                 f"conv_state must have shape {(rows, taps - 1, channels)}, "
                 f"got {tuple(conv_state.shape)}"
+            )
+        if conv_bias is not None and conv_bias.shape != (channels,):
+            raise ValueError(
+                f"conv_bias must have shape {(channels,)}, got {tuple(conv_bias.shape)}"
             )
         if conv_first < 0 or conv_first + channels > outputs:
             raise ValueError(

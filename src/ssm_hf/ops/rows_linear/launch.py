@@ -13,6 +13,7 @@ from ssm_hf.ops.launch import (
     check_tensors,
     on_device,
     overlapping,
+    power_of_two,
     tuned,
 )
 from ssm_hf.ops.rows_linear.kernels import (
@@ -64,7 +65,7 @@ def rows_linear_triton(
         if not conv_state.is_contiguous():
             raise ValueError("rows_linear: conv_state must be contiguous")
         taps, conv_weight = conv_weight.shape[1], conv_weight.contiguous()
-    options["BLOCK_R"] = min(options["BLOCK_R"], max(_power_of_two(rows), 16))
+    options["BLOCK_R"] = min(options["BLOCK_R"], max(power_of_two(rows), 16))
     row_blocks = -(-rows // options["BLOCK_R"])
     numbers = 0 if squares is None else squares.shape[1]
     with on_device(x):
@@ -94,7 +95,7 @@ def rows_linear_triton(
             SQUARES=numbers,
             TAPS=taps,
             CONV_BIAS=conv_bias is not None,
-            BLOCK_S=_power_of_two(numbers),
+            BLOCK_S=power_of_two(numbers),
             **_operands(x),
             **options,
             **overlapping(overlap, x.device),
@@ -147,8 +148,8 @@ def shares_linear_triton(shares: Tensor, weight: Tensor, overlap: bool) -> tuple
             SIZE=size,
             REST=numbers - size,
             SHARES=parts,
-            BLOCK_K=max(_power_of_two(size), 16),
-            BLOCK_REST=_power_of_two(numbers - size),
+            BLOCK_K=max(power_of_two(size), 16),
+            BLOCK_REST=power_of_two(numbers - size),
             **_operands(shares),
             **options,
             **overlapping(overlap, shares.device),
@@ -184,7 +185,7 @@ def shares_norm_triton(
             eps,
             SIZE=size,
             SHARES=parts,
-            BLOCK=_power_of_two(size),
+            BLOCK=power_of_two(size),
             **tuned("shares_norm", "default", stream.device),
             **overlapping(overlap, stream.device),
         )
@@ -215,7 +216,3 @@ def _size_class(outputs: int, shares: bool, normed: bool) -> str:
 def _operands(x: Tensor) -> dict[str, Any]:
     # Triton's interpreter multiplies the bits of bf16 numbers as if they were integers.
     return {"WIDE": architecture(x.device) == "cpu", "PRECISION": "ieee"}
-
-
-def _power_of_two(size: int) -> int:
-    return 1 << max(size - 1, 0).bit_length()

@@ -16,7 +16,7 @@ what each one hands to the next (backwards: to the one before it).
 import triton
 import triton.language as tl
 
-from ssm_hf.ops.mamba3_scan.kernels_tiles import widened
+from ssm_hf.ops.kernels_dtype import widened
 
 LOG2E = tl.constexpr(1.4426950408889634)
 

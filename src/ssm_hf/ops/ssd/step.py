@@ -102,7 +102,7 @@ def mamba2_step(
         ("A_log", A_log, [(heads,)]),
         ("D", D, [(heads,), (width,)]),
         ("norm_weight", norm_weight, [(width,)]),
-        ("squares", squares, [(batch, 0 if squares is None else squares.shape[-1])]),
+        ("squares", squares, [(batch, 0 if squares is None else squares.numel() // batch)]),
     ):
         if value is not None and value.shape not in shapes:
             raise ValueError(

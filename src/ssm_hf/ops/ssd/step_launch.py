@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ssm_hf.ops import launch as common
 from ssm_hf.ops.causal_conv1d.step_launch import convolve_into
-from ssm_hf.ops.launch import check_tensors, on_device, overlapping, tuned
+from ssm_hf.ops.launch import check_tensors, on_device, overlapping, power_of_two, tuned
 from ssm_hf.ops.ssd.kernels_step import mamba2_step_kernel, mamba2_step_rows_kernel
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -16,17 +16,13 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _FEW_PROGRAMS = 512
 
 
-def _power_of_two(size: int) -> int:
-    return 1 << max(size - 1, 0).bit_length()
-
-
 def _tiles(
     batch: int, heads: int, groups: int, head_dim: int, states: int, state: Tensor
 ) -> dict[str, int] | None:
     """Options of the kernel whose programs walk through tiles; None where there are too few tiles
     for that, or a head is not made of whole ones."""
     options = dict(tuned("mamba2_step_rows", "default", state.device))
-    block_n = _power_of_two(states)
+    block_n = power_of_two(states)
     block_p = min(options.pop("BLOCK_STATES") // block_n, head_dim & -head_dim)
     programs = options.pop("PROGRAMS") * common.processors(state.device)
     if block_p < 16 or batch * heads * head_dim < programs * block_p:
@@ -36,7 +32,7 @@ def _tiles(
     fitting = (t for t in range(1, per_group) if per_group % t == 0 and t >= least)
     tiles = next(fitting, per_group)
     # Where a program's first channel lies inside a head, it meets one head more.
-    block_h = _power_of_two(tiles * block_p // head_dim + 1)
+    block_h = power_of_two(tiles * block_p // head_dim + 1)
     return {**options, "TILES": tiles, "BLOCK_P": block_p, "BLOCK_N": block_n, "BLOCK_H": block_h}
 
 
@@ -118,9 +114,9 @@ def mamba2_step_triton(
         conv, mixed = 2, proj.new_empty(batch, channels, dtype=torch.float32)
         overlap = True
     options = dict(tuned("mamba2_step", size, proj.device))
-    block_n = _power_of_two(states)
+    block_n = power_of_two(states)
     # As many channels as fill the tuned number of states, but no more than a head has.
-    block_p = max(1, min(options.pop("BLOCK_STATES") // block_n, _power_of_two(head_dim)))
+    block_p = max(1, min(options.pop("BLOCK_STATES") // block_n, power_of_two(head_dim)))
     splits = (head_dim + block_p - 1) // block_p
     per_program = (mlp + heads * splits - 1) // (heads * splits)
     with on_device(proj):
@@ -162,8 +158,8 @@ def mamba2_step_triton(
             D_PER_CHANNEL=D.shape[0] == width and head_dim > 1,
             BLOCK_P=block_p,
             BLOCK_N=block_n,
-            BLOCK_MLP=_power_of_two(per_program) if mlp else 0,
-            BLOCK_NORM=min(_power_of_two(width // n_groups), 2048),
+            BLOCK_MLP=power_of_two(per_program) if mlp else 0,
+            BLOCK_NORM=min(power_of_two(width // n_groups), 2048),
             **options,
             **overlapping(overlap, proj.device),
         )
