@@ -26,13 +26,14 @@ SHAPES = {"B": 2, "N": 16, "G": 2, "P": 32}
 
 
 def rows(operator: str) -> list[grid.Row]:
-    """Lengths around a block's edge, with every kind of packing, padding and state."""
+    """Lengths around a block's edge, and one long enough for rows to be cut into segments, with
+    every kind of packing, padding and state."""
     factors = FACTORS if operator in KERNELS else TRAINING
     flags = [
         name for name, values in factors.items() if isinstance(values[-1], bool) and any(values)
     ]
     found = []
-    for T in (1, 63, 65, 130):
+    for T in (1, 63, 65, 130, 1030):
         for packing in factors["packing"]:
             for full in (False, True):
                 row = {**SHAPES, "T": T, "packing": packing, "dtype": "bfloat16"}
@@ -75,6 +76,9 @@ def experts(device: torch.device) -> None:
 
 # queries, keys, H, G, d, dtype: sizes that fill no block, heads that share keys.
 ATTENTION = ((67, 70, 4, 2, 40, torch.bfloat16), (1, 130, 3, 3, 20, torch.float32))
+# rows, keys, H, G, d, dtype of a token: one head a group and several, keys shared out and not.
+TOKENS = ((1, 1030, 3, 3, 64, torch.bfloat16), (2, 37, 2, 2, 128, torch.bfloat16),
+          (3, 300, 5, 5, 72, torch.float32), (2, 515, 6, 2, 64, torch.bfloat16))  # fmt: skip
 
 
 def attention(device: torch.device) -> None:
@@ -93,8 +97,19 @@ def attention(device: torch.device) -> None:
         length = torch.tensor([keys - 1, 3 * keys], device=device)
         interval_attention_step(q[:, 0].detach(), k[:, 0].detach(), v[:, 0].detach(), *cache,
                                 length, impl="triton")  # fmt: skip
+    for rows, keys, heads, groups, size, dtype in TOKENS:
+        draw = functools.partial(torch.randn, device=device, dtype=dtype)
+        k_cache, v_cache = (draw(rows, keys, groups, size) for _ in range(2))
+        even = torch.arange(rows, device=device) % 2 == 0
+        for seen in (0, 20, keys - 1, keys, 2 * keys + 5):
+            length = torch.full((rows,), seen, device=device)
+            options = {"first": length // 3, "attend": even, "store": even}
+            for more in ({}, {"window": min(keys, 30)}, options):
+                new_q, new_k, new_v = (draw(rows, n, size) for n in (heads, groups, groups))
+                interval_attention_step(new_q, new_k, new_v, k_cache, v_cache, length, **more,
+                                        impl="triton")  # fmt: skip
     torch.cuda.synchronize()
-    print(f"interval_attention: {4 * len(ATTENTION)} calls", flush=True)
+    print(f"interval_attention: {4 * len(ATTENTION) + 15 * len(TOKENS)} calls", flush=True)
 
 
 # rows, K, O, convolved channels and the first of them, width of groups.
