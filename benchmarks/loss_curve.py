@@ -96,11 +96,15 @@ class Training:
             model.parameter_groups(0.1), lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True
         )
 
+        keep = arguments.keep_activations and impl != "reference"
+
         def one_pass(batch: dict[str, Tensor], share: Tensor) -> Tensor:
             cast = torch.autocast(self._device.type, torch.bfloat16)
-            with ssm_hf.implementation(impl), cast:  # pyright: ignore[reportArgumentType]
-                loss = model(**batch, use_cache=False, return_logits=False).loss
-            (loss * share).backward()
+            forced = ssm_hf.implementation(impl)  # pyright: ignore[reportArgumentType]
+            with ssm_hf.keep_activations(keep):
+                with forced, cast:
+                    loss = model(**batch, use_cache=False, return_logits=False).loss
+                (loss * share).backward()
             return loss.detach()
 
         self._pass = one_pass
@@ -259,6 +263,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=100.0, help="of the run on the kernels")
     parser.add_argument("--torch-seconds", type=float, default=60.0)
     parser.add_argument("--perturbed", type=int, default=7, help="runs, at least 1")
+    parser.add_argument("--keep-activations", action="store_true", help="on the kernels")
     parser.add_argument("--output", type=Path, default=common.RESULTS / "loss_curve.jsonl")
     parser.add_argument("--plot", action="store_true", help="draw the results and end")
     arguments = parser.parse_args(argv)
