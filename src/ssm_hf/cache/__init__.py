@@ -121,6 +121,15 @@ class RecurrentCache(Cache):
         """(length, offset) of a mask over the cached and the new tokens."""
         return self.seen_tokens + query_length, 0
 
+    def zero_(self) -> None:
+        """Fill all states with zeros, in place."""
+        alike: dict[torch.dtype, list[torch.Tensor]] = {}
+        for layer in self.layers:
+            for tensor in layer.state.values():
+                alike.setdefault(tensor.dtype, []).append(tensor)
+        for tensors in alike.values():  # of several dtypes at once they would be filled one by one
+            torch._foreach_zero_(tensors)  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
+
     def has_previous_state(
         self, layer_idx: int | None = None, state_idx: int | None = None
     ) -> bool:

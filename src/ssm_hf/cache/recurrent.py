@@ -135,14 +135,15 @@ class RecurrentLayer:
         """Replace the state: in place where tensors exist, by reference where gradients flow."""
         for name, computed in state.items():
             dtype = kept_dtype(name, computed.dtype, computed.dtype, self.state_dtype)
-            new, old = computed.to(dtype), self.state.get(name)
-            if new.requires_grad or (old is not None and old.requires_grad):
-                self.state[name] = new
-            elif old is None or old.shape != new.shape or old.device != new.device:
+            old = self.state.get(name)
+            if computed.requires_grad or (old is not None and old.requires_grad):
+                self.state[name] = computed.to(dtype)
+            elif old is None or old.shape != computed.shape or old.device != computed.device:
                 # A copy, not a view that keeps a whole prompt alive.
-                self.state[name] = new.detach().clone(memory_format=torch.contiguous_format)
+                new = torch.empty(computed.shape, dtype=dtype, device=computed.device)
+                self.state[name] = new.copy_(computed.detach())
             else:
-                old.copy_(new)
+                old.copy_(computed)
 
     def tickets(self, batch: int, groups: int, device: torch.device) -> Tensor:
         """int32 zeros (B, G) for a kernel whose programs count themselves and leave 0 behind.

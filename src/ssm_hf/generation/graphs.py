@@ -74,12 +74,21 @@ class Capture:
             graph = self.graphs[key] = capture(body, pool())
         graph.replay()
 
-    def lend(self, cache: RecurrentCache, keep: bool) -> None:
+    def holds(self, cache: RecurrentCache) -> bool:
+        """Whether the static tensors are those in `cache`."""
+        return all(
+            layer.state.get(name) is tensor
+            for mine, layer in zip(self.cache.layers, cache.layers, strict=True)
+            for name, tensor in mine.state.items()
+        )
+
+    def lend(self, cache: RecurrentCache, keep: bool, zeros: bool = False) -> None:
         """Put the static tensors, holding its content, into `cache`.
 
         Args:
             cache: of the same shapes.
             keep: `give_back` returns the content to the tensors that `cache` held.
+            zeros: they are to hold zeros in place of its content.
         """
         own, theirs = [], []
         for mine, layer in zip(self.cache.layers, cache.layers, strict=True):
@@ -89,8 +98,10 @@ class Capture:
             theirs += (layer.state[name] for name in mine.state)
             self._lent.append((layer, layer.state if keep else {}))
             layer.state = dict(mine.state)
-        if own:
-            torch._foreach_copy_(own, theirs)  # pyright: ignore[reportPrivateImportUsage]
+        if zeros:
+            self.cache.zero_()
+        else:
+            _copy(own, theirs)
 
     def give_back(self, keep: bool = False) -> None:
         """Return the content of the static tensors to the caches that borrowed them.
@@ -106,8 +117,7 @@ class Capture:
                     homes.append(tensor)
                     contents.append(layer.state[name])
             layer.state = home
-        if homes:
-            torch._foreach_copy_(homes, contents)  # pyright: ignore[reportPrivateImportUsage]
+        _copy(homes, contents)
         self._lent = []
 
 
@@ -122,9 +132,9 @@ class ModelGraphs:
         self._done: torch.cuda.Event | None = None
         self._pool: Any = None
 
-    def check(self, model: nn.Module) -> None:
-        """Forget captures whose weights are no longer the model's."""
-        signature = _signature(model)
+    def check(self, model: nn.Module, modules: list[nn.Module]) -> None:
+        """Forget captures whose weights are no longer the model's, which consists of `modules`."""
+        signature = _signature(model, modules)
         if signature != self.signature:
             self.captures.clear()
             self.failed.clear()
@@ -201,15 +211,16 @@ def forget_graphs(model: nn.Module) -> None:
         _by_model.pop(model, None)
 
 
-def why_no_graph(model: nn.Module, device: torch.device) -> str | None:
-    """Reason why decoding steps of `model` cannot be captured, or None."""
+def why_no_graph(model: nn.Module, device: torch.device, modules: list[nn.Module]) -> str | None:
+    """Reason why decoding steps of `model`, which consists of `modules`, cannot be captured, or
+    None."""
     if torch.is_grad_enabled():
         return "gradients are enabled"
     if torch.is_autocast_enabled(device.type):
         return "autocast is on; load the model in the wanted dtype instead"
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return "a graph is being captured around it"
-    for module in _modules(model):
+    for module in modules:
         if not _is_known(type(module)):
             kind = type(module).__name__
             return f"{_name(model, module)} is a {kind}, which may change what it does"
@@ -227,7 +238,7 @@ def _is_known(module: type[nn.Module]) -> bool:
     return ours or module in (nn.Embedding, nn.Linear, nn.ModuleList, nn.Dropout, nn.Identity)
 
 
-def _modules(model: nn.Module) -> list[nn.Module]:
+def modules_of(model: nn.Module) -> list[nn.Module]:
     """All modules; `model.modules()` takes several times as long."""
     found = [model]
     for module in found:
@@ -276,6 +287,17 @@ def capture(run: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
     return graph
 
 
+def _copy(to: list[torch.Tensor], source: list[torch.Tensor]) -> None:
+    """Tensors of equal shape and dtype, all of a dtype at once."""
+    alike: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+    for new, old in zip(to, source, strict=True):
+        pair = alike.setdefault(new.dtype, ([], []))
+        pair[0].append(new)
+        pair[1].append(old)
+    for news, olds in alike.values():
+        torch._foreach_copy_(news, olds)  # pyright: ignore[reportPrivateImportUsage]
+
+
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     """One stream a thread and device: cuBLAS keeps a workspace of 32 MiB for every stream."""
     streams: dict[torch.device, torch.cuda.Stream] = _local.__dict__.setdefault("streams", {})
@@ -284,11 +306,12 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return streams[device]
 
 
-def _signature(model: nn.Module) -> object:
+def _signature(model: nn.Module, modules: list[nn.Module]) -> object:
     return model.training, [
         (t.data_ptr(), t.dtype, t.shape, t.stride())
-        for module in _modules(model)
+        for module in modules
         for tensors in (module._parameters, module._buffers)
+        if tensors
         for t in tensors.values()
         if t is not None
     ]

@@ -70,6 +70,7 @@ def read_prompt(
     width: int,
     make_last: Callable[[], Tensor],
     read: Callable[[Piece, RecurrentCache], None],
+    first: bool = False,
 ) -> Tensor | None:
     """Read ids (B, T), mask (B, T) or None, into `cache`, whose layers all hold a state.
 
@@ -81,26 +82,30 @@ def read_prompt(
         width: of the residual stream.
         make_last: memory for `Piece.last`.
         read: the pass over one piece; it must not wait for the device.
+        first: nothing stands before the prompt; the states in `cache` are not filled in yet.
 
     Returns:
         `Piece.last`, (B, 1, D), to be used before the next call; None where the prompt must be read
-        in another way: nothing has happened then.
+        in another way: nothing has happened then, but that states are filled in.
     """
     batch, length = ids.shape
     sizes = cut(batch, length, width)
-    capture = session.capture_for(cache, length)
+    capture = session.capture_for(cache, length, zeros=first)
     if sizes is None or capture is None or capture.refused:
+        if first and capture is None:
+            cache.zero_()
         return None
     last: Tensor = capture.buffers("last", make_last)
     last.zero_()
-    pads = sum(sizes) - length
-    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
-    ids, real = F.pad(ids, (pads, 0)), F.pad(real, (pads, 0), value=False)
+    pads, real = sum(sizes) - length, mask
+    if pads:
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+        ids, real = F.pad(ids, (pads, 0)), F.pad(real, (pads, 0), value=False)
     start = 0
     for size in sizes:
         span = slice(start, start + size)
         part, part_real = ids[:, span], None
-        if mask is not None or start < pads:
+        if real is not None and (mask is not None or start < pads):
             part_real = real[:, span]
         key = ("prompt", size, part_real is None)
         piece: Piece = capture.buffers(key, functools.partial(Piece, part, part_real, last))

@@ -15,6 +15,7 @@ from ssm_hf.generation.graphs import (
     CaptureError,
     ModelGraphs,
     graphs_of,
+    modules_of,
     tell_once,
     why_no_graph,
 )
@@ -38,11 +39,19 @@ class Session:
         model: whose call it is.
         visible: the cache outlives the call.
         prefilled: the prompt is processed; from now on every token of one-token calls is real.
+        modules: of the model, where anything can be captured.
     """
 
-    def __init__(self, model: nn.Module, visible: bool, graphs: ModelGraphs | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        visible: bool,
+        graphs: ModelGraphs | None,
+        modules: list[nn.Module],
+    ) -> None:
         self.model = model
         self.visible = visible
+        self.modules = modules
         self.prefilled = False
         self._graphs = graphs
         self._capture: Capture | None = None
@@ -73,10 +82,14 @@ class Session:
         wide = torch.promote_types(static.logits.dtype, torch.float32)
         return static.logits.to(wide, copy=True)
 
-    def capture_for(self, cache: RecurrentCache, tokens: int = 1) -> Capture | None:
+    def capture_for(
+        self, cache: RecurrentCache, tokens: int = 1, zeros: bool = False
+    ) -> Capture | None:
         """The capture that holds the content of `cache` until the session is closed.
 
-        Where `tokens` more do not fit, the cache grows first: that is another capture then.
+        Where `tokens` more do not fit, the cache grows first: that is another capture then. With
+        `zeros`, the states of `cache` are not filled in yet; where there is a capture, they are
+        zeros afterwards.
         """
         if self._graphs is None or any(x.record_past or not x.state for x in cache.stateful):
             return None
@@ -86,12 +99,14 @@ class Session:
                 self._capture.give_back(keep=not self.visible)
                 self._capture = None
             cache.grow(tokens)
+        elif not zeros and self._capture is not None and self._capture.holds(cache):
+            return self._capture
         capture = self._graphs.find(cache, self.visible)
         if capture is not self._capture and self._capture is not None:
             self._capture.give_back()
         self._capture = capture
         if capture is not None:
-            capture.lend(cache, keep=self.visible)
+            capture.lend(cache, keep=self.visible, zeros=zeros)
         return capture
 
     def run(self, capture: Capture, key: Hashable, body: Callable[[], None]) -> bool:
@@ -152,9 +167,10 @@ def open_session(
     """
     device = next(model.parameters()).device
     sessions: list[Session] = _open.__dict__.setdefault("sessions", [])
-    graphs = _usable_graphs(model, device) if capture else None
+    modules = modules_of(model) if capture and device.type in CAPTURING else []
+    graphs = _usable_graphs(model, device, modules) if modules else None
     current: Any = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    session = Session(model, visible, graphs)
+    session = Session(model, visible, graphs, modules)
     sessions.append(session)
     try:
         with current:
@@ -170,11 +186,11 @@ def open_session(
             graphs.lock.release()
 
 
-def _usable_graphs(model: nn.Module, device: torch.device) -> ModelGraphs | None:
+def _usable_graphs(
+    model: nn.Module, device: torch.device, modules: list[nn.Module]
+) -> ModelGraphs | None:
     """The captures of `model`, locked for this call; None where nothing can be captured."""
-    if device.type not in CAPTURING:
-        return None
-    reason = why_no_graph(model, device)
+    reason = why_no_graph(model, device, modules)
     if reason is not None:
         tell_once(reason)
         return None
@@ -183,7 +199,7 @@ def _usable_graphs(model: nn.Module, device: torch.device) -> ModelGraphs | None
         tell_once("another thread is generating with the same model")
         return None
     try:
-        graphs.check(model)
+        graphs.check(model, modules)
     except BaseException:
         graphs.lock.release()
         raise

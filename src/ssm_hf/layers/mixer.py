@@ -149,14 +149,19 @@ def is_plain_step(x: Tensor, seq: SequenceInfo, layer: RecurrentLayer | None) ->
 
 def has_own_forward(module: nn.Module) -> bool:
     """Whether a call is the class's `forward` on plain parameters, with no hook or wrapper."""
-    return (
-        "forward" not in module.__dict__
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
-        and all(p is None or type(p) is nn.Parameter for p in module._parameters.values())
-    )
+    if (
+        "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        return False
+    # A loop: `generate` asks every module, while the device has nothing to do.
+    for p in module._parameters.values():
+        if p is not None and type(p) is not nn.Parameter:
+            return False
+    return True
 
 
 def all_plain(*modules: nn.Module | None) -> bool:

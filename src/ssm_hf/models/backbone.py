@@ -3,6 +3,7 @@
 A model file owns names and wiring; its classes mix these in.
 """
 
+import inspect
 import os
 from collections.abc import Iterable
 from typing import Any, ClassVar
@@ -560,6 +561,10 @@ class CausalLMMixin(GeneratingMixin):
         return linear_cross_entropy(
             hidden, head.weight, targets, bias=head.bias, num_items=num_items_in_batch
         )
+
+
+# `generate` asks for it seven times a call, while the device has nothing to do.
+CausalLMMixin.forward.__signature__ = inspect.signature(CausalLMMixin.forward)  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _check_targets(targets: Tensor) -> None:

@@ -257,19 +257,19 @@ class GeneratingMixin:
             position_ids=None if positions is None else positions[:, -length:],
             past_length=cache.get_seq_length(),
         )
-        # The host walks through them once: the device has nothing to do meanwhile.
-        modules: list[nn.Module] = list(self.modules())
-        rotates = any(m.__dict__.get("rotary_dim") for m in modules)
+        rotates = any(m.__dict__.get("rotary_dim") for m in session.modules)
         if seq.seq_idx is not None or (rotates and not _only_counted(seq)):
             return None
         check_ids(ids, "input_ids", embed.num_embeddings)
-        self._begin_states(cache, batch, modules)
+        first = not cache.has_previous_state()
+        if first:
+            self._begin_states(cache, batch, session.modules)
         head = self.get_output_embeddings()
 
         def make_last() -> Tensor:
             return embed.weight.new_zeros(batch, 1, width, dtype=head.weight.dtype)
 
-        last = read_prompt(session, cache, ids, seq.mask, width, make_last, self._read_piece)
+        last = read_prompt(session, cache, ids, seq.mask, width, make_last, self._read_piece, first)
         if last is None:
             return None
         logits = head(last)
@@ -281,16 +281,12 @@ class GeneratingMixin:
     def _begin_states(
         self: Any, cache: RecurrentCache, batch: int, modules: list[nn.Module]
     ) -> None:
-        """Zeros for the states that stand before a first token, where the cache has none."""
-        if cache.has_previous_state():
-            return
+        """Memory for the states, of which nothing is filled in yet."""
         weight: Tensor = self.get_output_embeddings().weight
         for mixer in modules:
             if isinstance(mixer, Mixer):
                 layer = cache.layers[mixer.layer_idx]
                 mixer.begin(layer, batch, weight.dtype, weight.device, torch.empty)
-        states = [t for layer in cache.layers for t in layer.state.values()]
-        torch._foreach_zero_(states)  # pyright: ignore[reportPrivateImportUsage]
 
     def _read_piece(self: Any, piece: Piece, cache: RecurrentCache) -> None:
         """Pass over one piece of a prompt; nothing in it waits for the device."""
