@@ -55,7 +55,7 @@ def mamba2_step_kernel(
     # The long load first.
     state = ssm_state_ptr + ((row * heads + head) * head_dim + p[:, None]) * states + n[None, :]
     inside = p_inside[:, None] & n_inside[None, :]
-    S = tl.load(state, mask=inside, other=0.0).to(tl.float32)
+    S = tl.load(state, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
 
     wait_for_previous(OVERLAP)
     proj = proj_ptr + row * stride_proj
@@ -112,7 +112,7 @@ def mamba2_step_kernel(
         tl.debug_barrier()
         ticket = tickets_ptr + row * groups + group
         last = tl.atomic_add(ticket, 1, sem="acq_rel") == per_group * splits - 1
-    tl.store(state, S, mask=inside)
+    tl.store(state, S, mask=inside, eviction_policy="evict_first")
     if CONV == 1:
         shift_window(new_x, window, x_channel, p_inside, channels, TAPS)
     if CONV == 1 or NORM != 0:  # noqa: SIM102  (decided when the kernel is compiled)
@@ -144,6 +144,34 @@ def mamba2_step_kernel(
 
 
 @triton.jit
+def mamba2_step_tile(
+    S, state, x, z, D_ptr, norm_weight_ptr, out_ptr, first, at, h, p, n_inside, B, C,
+    deltas, decays, D_of_heads,
+    D_PER_CHANNEL: tl.constexpr,
+    NORM: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_P channels from `at` on, whose state S was loaded from `state`; y's squares."""
+    x, z = x.to(tl.float32), z.to(tl.float32)
+    here = h == (first + at) // HEAD_DIM
+    delta = tl.sum(tl.where(here, deltas, 0.0))
+    decay = tl.sum(tl.where(here, decays, 0.0))
+    if D_PER_CHANNEL:
+        D = tl.load(D_ptr + first + at + p).to(tl.float32)
+    else:
+        D = tl.sum(tl.where(here, D_of_heads, 0.0))
+    new = S.to(tl.float32) * decay + (delta * x)[:, None] * B[None, :]
+    y = tl.sum(new * C[None, :], axis=1) + D * x
+    tl.store(state, new, mask=n_inside[None, :], eviction_policy="evict_first")
+    y *= silu(z)
+    squares = y * y
+    if NORM:
+        y *= tl.load(norm_weight_ptr + first + at + p).to(tl.float32)
+    tl.store(out_ptr + at, y)
+    return squares
+
+
+@triton.jit
 def mamba2_step_rows_kernel(
     proj_ptr, ssm_state_ptr, dt_bias_ptr, A_log_ptr, D_ptr, norm_weight_ptr, squares_ptr, out_ptr,
     stride_proj, stride_out, heads, per_group, groups, channels, dt_low, dt_high,
@@ -152,6 +180,7 @@ def mamba2_step_rows_kernel(
     HEAD_DIM: tl.constexpr,
     STATES: tl.constexpr,
     TILES: tl.constexpr,
+    EARLY: tl.constexpr,  # tiles whose states are loaded while the kernels before still run
     BLOCK_P: tl.constexpr,  # divides HEAD_DIM
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,  # at least the heads that a program meets
@@ -160,7 +189,9 @@ def mamba2_step_rows_kernel(
 ):  # fmt: skip
     """Recurrence, skip and gate. One program: TILES times BLOCK_P channels of one row and group.
 
-    Tiles of the state are fetched STAGES - 1 steps ahead: the loads never pause.
+    The states of the first EARLY tiles wait in registers for the kernels before; those of the rest
+    are fetched STAGES - 1 steps ahead. Nobody reads a state again before the next token, so it
+    leaves the L2 cache first.
     """
     begin_next(OVERLAP)
     row = tl.program_id(1).to(tl.int64)
@@ -171,10 +202,17 @@ def mamba2_step_rows_kernel(
     n = tl.arange(0, BLOCK_N)
     n_inside = n < STATES
     start = ssm_state_ptr + (row * width + first) * STATES
+    state = start + p[:, None] * STATES + n[None, :]
+    tiles = ()
+    for tile in tl.static_range(EARLY):
+        S = tl.load(state + tile * BLOCK_P * STATES, mask=n_inside[None, :], other=0.0,
+                    eviction_policy="evict_first")  # fmt: skip
+        tiles = tiles + (S,)
     h = first // HEAD_DIM + tl.arange(0, BLOCK_H)
     h_inside = h < heads
     bias = tl.load(dt_bias_ptr + h, mask=h_inside, other=0.0).to(tl.float32)
     A = -tl.exp(tl.load(A_log_ptr + h, mask=h_inside, other=0.0).to(tl.float32))
+    D_of_heads = 0.0
     if not D_PER_CHANNEL:
         D_of_heads = tl.load(D_ptr + h, mask=h_inside, other=0.0).to(tl.float32)
     wait_for_all(OVERLAP)
@@ -183,33 +221,35 @@ def mamba2_step_rows_kernel(
     x_ptr = z_ptr + width
     grouped = proj_ptr + row * stride_proj + 2 * width + group * STATES + n
     dt = tl.load(proj_ptr + row * stride_proj + width + channels + h, mask=h_inside, other=0.0)
-    B = tl.load(grouped, mask=n_inside, other=0.0).to(tl.float32)
-    C = tl.load(grouped + groups * STATES, mask=n_inside, other=0.0).to(tl.float32)
+    B = tl.load(grouped, mask=n_inside, other=0.0)
+    C = tl.load(grouped + groups * STATES, mask=n_inside, other=0.0)
+    xs, zs = (), ()
+    for tile in tl.static_range(EARLY):
+        x = tl.load(x_ptr + tile * BLOCK_P + p)
+        z = tl.load(z_ptr + tile * BLOCK_P + p)
+        xs, zs = xs + (x,), zs + (z,)
+    B, C = B.to(tl.float32), C.to(tl.float32)
     deltas = softplus(dt.to(tl.float32) + bias)
     deltas = tl.minimum(tl.maximum(deltas, dt_low), dt_high)
     decays = tl.exp(deltas * A)
-    state = start + p[:, None] * STATES + n[None, :]
     out = out_ptr + row * stride_out + first + p
     squares = tl.zeros([BLOCK_P], tl.float32)
-    for tile in tl.range(0, TILES, num_stages=STAGES):
+    for tile in tl.static_range(EARLY):
+        squares += mamba2_step_tile(
+            tiles[tile], state + tile * BLOCK_P * STATES, xs[tile], zs[tile], D_ptr,
+            norm_weight_ptr, out, first, tile * BLOCK_P, h, p, n_inside, B, C, deltas, decays,
+            D_of_heads, D_PER_CHANNEL, NORM, HEAD_DIM,
+        )  # fmt: skip
+    for tile in tl.range(EARLY, TILES, num_stages=STAGES):
         at = tile * BLOCK_P
-        S = tl.load(state + at * STATES, mask=n_inside[None, :], other=0.0)
-        x = tl.load(x_ptr + at + p).to(tl.float32)
-        z = tl.load(z_ptr + at + p).to(tl.float32)
-        here = h == (first + at) // HEAD_DIM
-        delta = tl.sum(tl.where(here, deltas, 0.0))
-        decay = tl.sum(tl.where(here, decays, 0.0))
-        if D_PER_CHANNEL:
-            D = tl.load(D_ptr + first + at + p).to(tl.float32)
-        else:
-            D = tl.sum(tl.where(here, D_of_heads, 0.0))
-        new = S.to(tl.float32) * decay + (delta * x)[:, None] * B[None, :]
-        y = tl.sum(new * C[None, :], axis=1) + D * x
-        tl.store(state + at * STATES, new, mask=n_inside[None, :])
-        y *= silu(z)
-        if NORM:
-            squares += y * y
-            y *= tl.load(norm_weight_ptr + first + at + p).to(tl.float32)
-        tl.store(out + at, y)
+        S = tl.load(state + at * STATES, mask=n_inside[None, :], other=0.0,
+                    eviction_policy="evict_first")  # fmt: skip
+        x = tl.load(x_ptr + at + p)
+        z = tl.load(z_ptr + at + p)
+        squares += mamba2_step_tile(
+            S, state + at * STATES, x, z, D_ptr, norm_weight_ptr, out,
+            first, at, h, p, n_inside, B, C, deltas, decays, D_of_heads,
+            D_PER_CHANNEL, NORM, HEAD_DIM,
+        )  # fmt: skip
     if NORM:
         tl.store(squares_ptr + row * tl.num_programs(0) + tl.program_id(0), tl.sum(squares))

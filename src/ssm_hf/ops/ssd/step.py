@@ -63,13 +63,12 @@ def mamba2_step(
         norm_eps: of the norm.
         norm_before_gate: norm(y) silu(z) in place of norm(y silu(z)).
         convolved: x, B and C come through the convolution already; its state is not touched.
-        overlap: what is read beside proj was not written by the kernel launched just
-            before, so that it may be read while that one still runs.
+        overlap: what is read beside proj was written before the last kernel that was launched
+            without overlap, so that it may be read while the kernels in between still run.
         squares: (B, Q) fp32 with Q = `squares_of_rows(ssm_state, n_groups)`, which is then not 0,
             or None. It is given the sums of the squares of y silu(z), and the norm, after the gate
             and over all channels, is left at its weight: the factor is for whoever reads the
-            result. For `convolved` input without an MLP; several kernels may begin before the ones
-            in front of them have ended, so that the rest must not have been written by any of them.
+            result. For `convolved` input without an MLP.
         impl: `"auto"`, `"reference"` or `"triton"`.
 
     Returns:
