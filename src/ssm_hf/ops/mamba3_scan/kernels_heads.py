@@ -84,10 +84,8 @@ def mamba3_turns_kernel(
     for step in tl.range(0, HEADS, num_stages=STAGES):
         head = head_0 + step
         here = v * heads + head
-        at = dangle_ptr + 2 * here * (Q * W)
-        dangle = load_tile(at, W, j, n, in_row, False, False, W)
-        dangle += load_tile(at + Q * W, W, j, n, in_row, False, False, W)
-        later = tl.load(later_ptr + 2 * here * W + n) + tl.load(later_ptr + (2 * here + 1) * W + n)
+        dangle = load_tile(dangle_ptr + here * (Q * W), W, j, n, in_row, False, False, W)
+        later = tl.load(later_ptr + here * W + n)
         # A sum over the tokens from one on, as what those before it leave of the whole: scans from
         # the end take Triton twice as long.
         whole = tl.sum(dangle, axis=0) + later

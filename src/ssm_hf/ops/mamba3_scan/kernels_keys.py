@@ -6,9 +6,8 @@ import triton.language as tl
 from ssm_hf.ops.mamba3_scan.kernels_backward import (
     load_state,
     of_tokens,
-    prefetch,
-    prefetch_state,
-    prefetch_tokens,
+    operands,
+    rest_of,
     store_ranks,
     turned_back,
     turning,
@@ -20,8 +19,6 @@ from ssm_hf.ops.mamba3_scan.kernels_tiles import (
     load_factor,
     load_gradients,
     load_inputs,
-    load_pairs,
-    load_rest,
     load_token,
     products,
     rotation,
@@ -33,11 +30,12 @@ from ssm_hf.ops.ssd.kernels import load_tile, place_of_chunk, store_tile
 @triton.jit
 def through_pairs(
     d_a, d_b, own_a, own_b, other_a, other_b, pairs, cos, sin, to, to_angles, i, in_row, in_tokens,
-    ROPE: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr, RANKS: tl.constexpr,
-    W: tl.constexpr, PITCH: tl.constexpr,
+    MORE: tl.constexpr, ROPE: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr,
+    RANKS: tl.constexpr, W: tl.constexpr, PITCH: tl.constexpr,
 ):  # fmt: skip
     """Add to tiles a and b of the gradient of keys (of queries) what pairs of rows give; store it,
-    as before the rotation, and the gradients (Q, W) of the angles that turn them.
+    as before the rotation, and the gradients (Q, W) of the angles that turn them, with MORE added
+    to what is there.
     """
     n = tl.arange(0, W)
     d_a = tl.dot(pairs, other_a, d_a, input_precision=PRECISION)
@@ -46,6 +44,8 @@ def through_pairs(
         of_angle = turning(own_a, own_b, d_a, d_b)
         if RANKS > 1:
             of_angle = tl.sum(tl.reshape(of_angle, (Q, RANKS, W)), axis=1)
+        if MORE:
+            of_angle += load_tile(to_angles, W, tl.arange(0, Q), n, in_tokens, False, False, W)
         store_tile(to_angles, W, tl.arange(0, Q), n, in_tokens, of_angle, False, False, W)
     d_a, d_b = turned_back(d_a, d_b, cos, sin, ROPE)
     store_tile(to, PITCH, i, n, in_row, d_a, False, False, W)
@@ -53,70 +53,23 @@ def through_pairs(
 
 
 @triton.jit
-def turned(a, b, cos, sin, TYPE: tl.constexpr, ROPE: tl.constexpr):
-    """Tiles a and b, turned and rounded."""
-    if ROPE:
-        return (a * cos - b * sin).to(TYPE), (a * sin + b * cos).to(TYPE)
-    else:
-        return a.to(TYPE), b.to(TYPE)
-
-
-@triton.jit
-def operands(
-    B_ptr, B_bias_ptr, C_ptr, C_bias_ptr, angle_ptr, at_rows, here, head, i, in_row,
-    TYPE: tl.constexpr, RAGGED: tl.constexpr, ROPE: tl.constexpr, FAST: tl.constexpr,
-    Q: tl.constexpr, RANKS: tl.constexpr, W: tl.constexpr, V: tl.constexpr,
-):  # fmt: skip
-    """Cosine and sine, tiles a and b of keys and queries of a chunk and head."""
-    PITCH: tl.constexpr = 2 * W + V
-    B_bias, C_bias = B_bias_ptr, C_bias_ptr
-    if B_bias_ptr is not None:
-        B_bias = B_bias_ptr + head * (RANKS * PITCH)
-    if C_bias_ptr is not None:
-        C_bias = C_bias_ptr + head * (RANKS * PITCH)
-    ka, kb = load_pairs(B_ptr + at_rows, B_bias, i, in_row, RAGGED, FAST, RANKS, W, PITCH)
-    qa, qb = load_pairs(C_ptr + at_rows, C_bias, i, in_row, RAGGED, FAST, RANKS, W, PITCH)
-    cos, sin = 1.0, 0.0
-    if ROPE:
-        cos, sin = rotation(angle_ptr + here * (Q * W), i, RANKS, FAST, W)
-    ka, kb = turned(ka, kb, cos, sin, TYPE, ROPE)
-    qa, qb = turned(qa, qb, cos, sin, TYPE, ROPE)
-    return cos, sin, ka, kb, qa, qb
-
-
-@triton.jit
-def rest_of(
-    ptr, bias_ptr, at_rows, head, i, in_row, TYPE: tl.constexpr, RAGGED: tl.constexpr,
-    FAST: tl.constexpr, RANKS: tl.constexpr, W: tl.constexpr, V: tl.constexpr,
-):  # fmt: skip
-    """Tile c of keys or of queries."""
-    PITCH: tl.constexpr = 2 * W + V
-    bias = bias_ptr
-    if bias_ptr is not None:
-        bias = bias_ptr + head * (RANKS * PITCH)
-    return load_rest(ptr + at_rows, bias, i, in_row, TYPE, RAGGED, FAST, RANKS, W, V, PITCH)
-
-
-@triton.jit
 def mamba3_keys_kernel(
-    x_ptr, mx_ptr, B_ptr, B_bias_ptr, C_ptr, C_bias_ptr, D_ptr, z_ptr, mz_ptr, mo_ptr, mask_ptr,
-    dy_ptr, token_ptr, scale_ptr, angle_ptr, dstates_ptr, dx_ptr, dmx_ptr, dD_ptr,
-    grad_ptr, pairs_ptr, dk_ptr, dangle_ptr, later_ptr, cu_ptr, first_ptr, row_ptr,
+    x_ptr, mx_ptr, B_ptr, B_bias_ptr, C_ptr, C_bias_ptr, z_ptr, mz_ptr, mo_ptr, mask_ptr, dy_ptr,
+    token_ptr, scale_ptr, angle_ptr, dstates_ptr, pairs_ptr, dx_ptr, dmx_ptr, grad_ptr, dk_ptr,
+    dangle_ptr, later_ptr, cu_ptr, first_ptr, row_ptr,
     x_sb, x_st, x_sh, z_sb, z_st, z_sh, mask_sb, mask_st, dy_sb, dy_st, dy_sr, dy_sh,
     rows, length, heads: tl.constexpr, groups, ranks, plane,
     HEAD_DIM: tl.constexpr, RAGGED: tl.constexpr, PER_RANK: tl.constexpr, ROPE: tl.constexpr,
     VARLEN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
     Q: tl.constexpr, RANKS: tl.constexpr, BLOCK_P: tl.constexpr, P_BLOCKS: tl.constexpr,
-    W: tl.constexpr, V: tl.constexpr, PREFETCH: tl.constexpr,
+    W: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of x, mimo_x, D and keys of one chunk and head, from the gradient of the state that
-    leaves it.
+    """Gradients of x, mimo_x and keys of one chunk and head, from the gradient of the state that
+    leaves it and from its pairs of rows; see `mamba3_pairs_kernel`, which comes before.
 
-    Of pairs of rows s <= t, pairs (chunks, H, 2, ROWS, ROWS) keeps their weight and the gradient of
-    k_s q_t. dk (chunks, H, ROWS, PITCH) is the gradient before the rotation; dangle (chunks, H, 2,
-    Q, W) that of the angles which turn keys (and queries), later (chunks, H, 2, W) what the angles
-    of all later tokens get together, in two parts: they turn against the state that leaves the
-    chunk. grad (5, chunks, H, Q) is what `mamba3_prepare_bwd_kernel` reads.
+    dk (chunks, H, ROWS, PITCH) is the gradient before the rotation; dangle (chunks, H, Q, W) that
+    of the angles which turn keys, later (chunks, H, W) what the angles of all later tokens get
+    together: they turn against the state that leaves the chunk. The kernel of queries adds to both.
     """
     dot_type: tl.constexpr = tl.float32 if WIDE else B_ptr.dtype.element_ty
     ROWS: tl.constexpr = Q * RANKS
@@ -133,17 +86,12 @@ def mamba3_keys_kernel(
     n = tl.arange(0, W)
     in_row = token + of_token < end
     in_tokens = token + j < end
-    if PREFETCH:
-        prefetch_tokens(x_ptr, batch, head, token, end, x_sb, x_st, x_sh, True, HEAD_DIM, Q)
-        prefetch_tokens(z_ptr, batch, head, token, end, z_sb, z_st, z_sh, True, HEAD_DIM, Q)
-        prefetch_tokens(dy_ptr, batch, head, token, end, dy_sb, dy_st, dy_sh, True, HEAD_DIM, Q)
-        prefetch_state(dstates_ptr, here, token < end, 0, PITCH, HEAD_DIM, PITCH, BLOCK_P, P_BLOCKS)
     is_real = in_tokens
     if mask_ptr is not None:
         at_mask = mask_ptr + batch * mask_sb + (token + j) * mask_st
         is_real = in_tokens & (tl.load(at_mask, mask=in_tokens, other=0) != 0)
     at = token_ptr + here * (4 * Q)
-    a, b, gamma, _delta = load_token(at, Q, RANKS)
+    a, b, _gamma, _delta = load_token(at, Q, RANKS)
     at_x = x_ptr + batch * x_sb + head * x_sh + token * x_st
     at_dy = dy_ptr + batch * dy_sb + head * dy_sh + token * dy_st
     z_base = z_ptr
@@ -176,57 +124,17 @@ def mamba3_keys_kernel(
     at_grad = grad_ptr + here * Q + j
     at_angles = dangle_ptr
     if ROPE:
-        at_angles = dangle_ptr + 2 * here * (Q * W)
+        at_angles = dangle_ptr + here * (Q * W)
     to_row = ((batch * length + token) * heads + head) * HEAD_DIM
-    xdy = tl.zeros((ROWS, ROWS), dtype=tl.float32)
-    for p_block in tl.static_range(P_BLOCKS):
-        p = p_block * BLOCK_P + tl.arange(0, BLOCK_P)
-        if P_BLOCKS > 1:
-            x = load_inputs(at_x, x_st, mx_ptr, head, j, p, in_tokens, ranks, RAGGED, RANKS, CUT_P,
-                            HEAD_DIM).to(dot_type)  # fmt: skip
-            dy = load_gradients(
-                at_dy, dy_st, dy_sr, z_base, z_st, mz_ptr, mo_ptr, head, j, p, is_real, ranks,
-                MASKED, RANKS, PER_RANK, CUT_P, HEAD_DIM, FAST,
-            ).to(dot_type)  # fmt: skip
-        xdy = tl.dot(x, tl.trans(dy), xdy, input_precision=PRECISION)
-    kq = products(ka, kb, kc, qa, qb, qc, dot_type, PRECISION)
-
-    # Tiles of pairs of rows are [s, t], s <= t: s reaches t > s with M s_s, itself with gamma.
     a_end = tl.load(at + 4 * Q - 4)
-    later = of_token[:, None] < of_token[None, :]
-    same = of_token[:, None] == of_token[None, :]
     if WIDE:
         b_end = tl.load(at + 4 * Q - 3)
         scale = tl.load(scale_ptr + here * Q + of_token)
-        exponent = (a[None, :] - a[:, None]) + (b[None, :] - b[:, None])
         to_exit = exp2((a_end - a) + (b_end - b), FAST)
     else:
         scale = exp2(a - b, FAST)
-        exponent = a[None, :] - a[:, None]
         to_exit = exp2(a_end - a, FAST)
-    M = exp2(tl.where(later, exponent, float("-inf")), FAST)
-    both = xdy * kq
-    on_self = tl.sum(tl.where(same, both, 0.0), axis=1)
-    tl.store(at_grad + 3 * plane, of_tokens(on_self, Q, RANKS))
-    both *= M
-    dscale = tl.sum(both, axis=1)
-    if WIDE:
-        # The same numbers with both signs: over a chunk, what they have in common cancels.
-        both *= scale[:, None]
-        da = tl.sum(both, axis=0) - tl.sum(both, axis=1)
-    else:
-        da = tl.sum(both * scale[:, None], axis=0) - scale * dscale
-    M = tl.where(same, gamma[:, None], M * scale[:, None])
-    pairs = (xdy * M).to(dot_type)
-    scores = kq * M
-    diagonal = i[:, None] == i[None, :]
-    if D_ptr is not None:
-        scores += tl.where(diagonal, tl.load(D_ptr + head).to(tl.float32), 0.0)
-        tl.store(dD_ptr + here, tl.sum(tl.sum(tl.where(diagonal, xdy, 0.0), axis=1), axis=0))
-    scores = scores.to(dot_type)
-    store_tile(at_pairs, ROWS, i, i, in_row, scores, False, False, ROWS)
-    store_tile(at_pairs + ROWS * ROWS, ROWS, i, i, in_row, pairs, False, False, ROWS)
-
+    scores = load_tile(at_pairs, ROWS, i, i, in_row, False, False, ROWS)
     # What tokens leave in the state, and with it the gradients of x and of keys.
     left = tl.zeros((ROWS,), dtype=tl.float32)
     d_a, d_b = tl.zeros((ROWS, W), dtype=tl.float32), tl.zeros((ROWS, W), dtype=tl.float32)
@@ -271,17 +179,17 @@ def mamba3_keys_kernel(
     d_b *= weight
     if ROPE:
         # What a token leaves in the state does not turn with it.
-        tl.store(later_ptr + 2 * here * W + n, -tl.sum(turning(ka, kb, d_a, d_b), axis=0))
+        tl.store(later_ptr + here * W + n, -tl.sum(turning(ka, kb, d_a, d_b), axis=0))
+    pairs = load_tile(at_pairs + ROWS * ROWS, ROWS, i, i, in_row, False, False, ROWS)
     through_pairs(d_a, d_b, ka, kb, qa, qb, pairs, cos, sin, to, at_angles, i, in_row, in_tokens,
-                  ROPE, PRECISION, Q, RANKS, W, PITCH)  # fmt: skip
+                  False, ROPE, PRECISION, Q, RANKS, W, PITCH)  # fmt: skip
     if V > 0:
         if P_BLOCKS == 1:
             d_c = tl.dot(x, dSc, d_c, input_precision=PRECISION)
         d_c = tl.dot(pairs, qc, d_c * weight, input_precision=PRECISION)
         store_tile(to + 2 * W, PITCH, i, tl.arange(0, V), in_row, d_c, False, False, V)
-    tl.store(at_grad, of_tokens(da, Q, RANKS))
     tl.store(at_grad + plane, of_tokens(left * scale, Q, RANKS))
-    tl.store(at_grad + 2 * plane, of_tokens(dscale + left, Q, RANKS))
+    tl.store(at_grad + 2 * plane, tl.load(at_grad + 2 * plane) + of_tokens(left, Q, RANKS))
 
 
 @triton.jit
@@ -294,10 +202,10 @@ def mamba3_queries_kernel(
     HEAD_DIM: tl.constexpr, RAGGED: tl.constexpr, PER_RANK: tl.constexpr, ROPE: tl.constexpr,
     VARLEN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
     Q: tl.constexpr, RANKS: tl.constexpr, BLOCK_P: tl.constexpr, P_BLOCKS: tl.constexpr,
-    W: tl.constexpr, V: tl.constexpr, PREFETCH: tl.constexpr,
+    W: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the gate, mimo_z, mimo_o and queries of one chunk and head, from the state that
-    enters it; see `mamba3_keys_kernel`, which comes before.
+    enters it; see `mamba3_pairs_kernel` and `mamba3_keys_kernel`, which come before.
     """
     # The gradients of gate and mimo_o need y before them.
     NEEDS_Y: tl.constexpr = z_ptr is not None or mo_ptr is not None
@@ -317,14 +225,6 @@ def mamba3_queries_kernel(
     n = tl.arange(0, W)
     in_row = token + of_token < end
     in_tokens = token + j < end
-    if PREFETCH:
-        prefetch_tokens(x_ptr, batch, head, token, end, x_sb, x_st, x_sh, True, HEAD_DIM, Q)
-        prefetch_tokens(z_ptr, batch, head, token, end, z_sb, z_st, z_sh, True, HEAD_DIM, Q)
-        prefetch_tokens(dy_ptr, batch, head, token, end, dy_sb, dy_st, dy_sh, True, HEAD_DIM, Q)
-        prefetch_state(dstates_ptr, here, token < end, 0, PITCH, HEAD_DIM, PITCH, BLOCK_P, P_BLOCKS)
-        prefetch_state(states_ptr, here, token < end, 0, PITCH, HEAD_DIM, PITCH, BLOCK_P, P_BLOCKS)
-        prefetch(at_pairs + i * ROWS, i < ROWS)
-        prefetch(at_pairs + (ROWS + i) * ROWS, i < ROWS)
     is_real = in_tokens
     if mask_ptr is not None:
         at_mask = mask_ptr + batch * mask_sb + (token + j) * mask_st
@@ -358,7 +258,7 @@ def mamba3_queries_kernel(
     at_grad = grad_ptr + here * Q + j
     at_angles = dangle_ptr
     if ROPE:
-        at_angles = dangle_ptr + (2 * here + 1) * (Q * W)
+        at_angles = dangle_ptr + here * (Q * W)
     to_row = ((batch * length + token) * heads + head) * HEAD_DIM
     a_end = tl.load(at + 4 * Q - 4)
     if WIDE:
@@ -440,8 +340,11 @@ def mamba3_queries_kernel(
     pairs = load_tile(at_pairs + ROWS * ROWS, ROWS, i, i, in_row, False, False, ROWS)
     pairs = tl.trans(pairs)
     to = dq_ptr + here * (ROWS * PITCH)
+    if ROPE:
+        # Formed once more: kept until here, they would leave too few registers.
+        cos, sin = rotation(angle_ptr + here * (Q * W), i, RANKS, FAST, W)
     through_pairs(d_a * weight, d_b * weight, qa, qb, ka, kb, pairs, cos, sin, to, at_angles, i,
-                  in_row, in_tokens, ROPE, PRECISION, Q, RANKS, W, PITCH)  # fmt: skip
+                  in_row, in_tokens, True, ROPE, PRECISION, Q, RANKS, W, PITCH)  # fmt: skip
     if V > 0:
         if P_BLOCKS == 1:
             d_c = tl.dot(dy, Sc, d_c, input_precision=PRECISION)
@@ -450,4 +353,5 @@ def mamba3_queries_kernel(
     da = entered + tl.where(i == ROWS - 1, whole * tl.sum(kept, axis=0), 0.0)
     tl.store(at_grad, tl.load(at_grad) + of_tokens(da, Q, RANKS))
     if ROPE:
-        tl.store(later_ptr + (2 * here + 1) * W + n, -whole * turn)
+        at_later = later_ptr + here * W + n
+        tl.store(at_later, tl.load(at_later) - whole * turn)

@@ -89,14 +89,25 @@ def arrange(
     Rows that are not `in_row` are left alone; ranks and slots that hold nothing become zero.
     """
     r = row % RANKS
-    at_row = from_base + (row // RANKS) * from_sq + r * from_sr
-    for first in tl.static_range(0, PITCH, STEP):
+    at_row = (from_base + (row // RANKS) * from_sq + r * from_sr)[:, None]
+    to_row = to_base + row[:, None] * PITCH
+    is_rank = (in_row & (r < ranks))[:, None]
+    if PAIRWISE:
+        # Columns are read side by side and parted in registers.
+        n = tl.arange(0, 2 * W)[None, :]
+        value = tl.load(at_row + n, mask=is_rank & (n < 2 * pairs), other=0.0)
+        value = value.to(to_base.dtype.element_ty)
+        even, odd = tl.split(tl.reshape(value, (value.shape[0], W, 2)))
+        i = tl.arange(0, W)[None, :]
+        tl.store(to_row + i, even, mask=in_row[:, None])
+        tl.store(to_row + W + i, odd, mask=in_row[:, None])
+    for first in tl.static_range(2 * W if PAIRWISE else 0, PITCH, STEP):
         slot = first + tl.arange(0, STEP)
         column = column_of_slot(slot, states, pairs, half, PAIRWISE, W)
-        inside = (in_row & (r < ranks))[:, None] & (column < states)[None, :]
-        value = tl.load(at_row[:, None] + column[None, :], mask=inside, other=0.0)
-        to = to_base + row[:, None] * PITCH + slot[None, :]
-        tl.store(to, value.to(to_base.dtype.element_ty), mask=in_row[:, None])
+        inside = is_rank & (column < states)[None, :]
+        value = tl.load(at_row + column[None, :], mask=inside, other=0.0)
+        value = value.to(to_base.dtype.element_ty)
+        tl.store(to_row + slot[None, :], value, mask=in_row[:, None])
 
 
 @triton.jit
@@ -297,6 +308,24 @@ def mamba3_phase_kernel(
 
 
 @triton.jit
+def load_step(at_turns, at_delta, t, last, h, heads, W: tl.constexpr):
+    """Turns a unit of Δ (W,) and Δ (BLOCK_H,) of token t of a chunk, 0 from `last` on."""
+    wanted = t < last
+    n = tl.arange(0, W)
+    turns = tl.load(at_turns + t * W, mask=n < tl.where(wanted, W, 0), other=0.0)
+    return turns, tl.load(at_delta + 4 * t, mask=h < tl.where(wanted, heads, 0), other=0.0)
+
+
+@triton.jit
+def store_angle(to, total, h_in):
+    """A token's angles (BLOCK_H, W), of their sums since the start of the row."""
+    angle = total - tl.floor(total + 0.5)
+    if to.dtype.element_ty == tl.int16:
+        angle = tl.floor(angle * 65536.0 + 0.5).to(tl.int32).to(tl.int16)
+    tl.store(to, angle, mask=h_in[:, None])
+
+
+@triton.jit
 def mamba3_angles_kernel(
     token_ptr, turns_ptr, phase_ptr, angle_ptr, cu_ptr, first_ptr, row_ptr, rows, length, heads,
     VARLEN: tl.constexpr, Q: tl.constexpr, W: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -314,16 +343,23 @@ def mamba3_angles_kernel(
     total = tl.load(phase_ptr + here[:, None] * W + n[None, :], mask=h_in[:, None], other=0.0)
     at_turns = turns_ptr + (batch * length + token) * W + n
     at_delta = token_ptr + here * (4 * Q) + 3
-    turns = tl.load(at_turns, mask=n < tl.where(token < end, W, 0), other=0.0)
-    delta = tl.load(at_delta, mask=h_in, other=0.0)
-    for t in range(0, Q):
-        total += delta[:, None] * turns[None, :]
-        # Asked for a step ahead, before the store that loads would wait for.
-        behind = token + t + 1 < tl.minimum(end, token + Q)
-        turns = tl.load(at_turns + (t + 1) * W, mask=n < tl.where(behind, W, 0), other=0.0)
-        delta = tl.load(at_delta + 4 * (t + 1), mask=h < tl.where(behind, heads, 0), other=0.0)
-        angle = total - tl.floor(total + 0.5)
-        to = angle_ptr + (here * Q + t)[:, None] * W + n[None, :]
-        if angle_ptr.dtype.element_ty == tl.int16:
-            angle = tl.floor(angle * 65536.0 + 0.5).to(tl.int32).to(tl.int16)
-        tl.store(to, angle, mask=h_in[:, None])
+    to = angle_ptr + here[:, None] * (Q * W) + n[None, :]
+    last = tl.minimum(end - token, Q)
+    # Four tokens at a time are asked for, before the stores that loads would wait for.
+    turns_0, delta_0 = load_step(at_turns, at_delta, 0, last, h, heads, W)
+    turns_1, delta_1 = load_step(at_turns, at_delta, 1, last, h, heads, W)
+    turns_2, delta_2 = load_step(at_turns, at_delta, 2, last, h, heads, W)
+    turns_3, delta_3 = load_step(at_turns, at_delta, 3, last, h, heads, W)
+    for t in range(0, Q, 4):
+        angle_0 = total + delta_0[:, None] * turns_0[None, :]
+        angle_1 = angle_0 + delta_1[:, None] * turns_1[None, :]
+        angle_2 = angle_1 + delta_2[:, None] * turns_2[None, :]
+        total = angle_2 + delta_3[:, None] * turns_3[None, :]
+        turns_0, delta_0 = load_step(at_turns, at_delta, t + 4, last, h, heads, W)
+        turns_1, delta_1 = load_step(at_turns, at_delta, t + 5, last, h, heads, W)
+        turns_2, delta_2 = load_step(at_turns, at_delta, t + 6, last, h, heads, W)
+        turns_3, delta_3 = load_step(at_turns, at_delta, t + 7, last, h, heads, W)
+        store_angle(to + t * W, angle_0, h_in)
+        store_angle(to + (t + 1) * W, angle_1, h_in)
+        store_angle(to + (t + 2) * W, angle_2, h_in)
+        store_angle(to + (t + 3) * W, total, h_in)

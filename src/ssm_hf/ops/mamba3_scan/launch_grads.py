@@ -11,6 +11,7 @@ from torch import Tensor
 from ssm_hf.ops.launch import processors
 from ssm_hf.ops.mamba3_scan.kernels_heads import mamba3_heads_kernel, mamba3_turns_kernel
 from ssm_hf.ops.mamba3_scan.kernels_keys import mamba3_keys_kernel, mamba3_queries_kernel
+from ssm_hf.ops.mamba3_scan.kernels_pairs import mamba3_pairs_kernel
 from ssm_hf.ops.mamba3_scan.kernels_sum import mamba3_sum_kernel
 from ssm_hf.ops.mamba3_scan.launch_parts import (
     Inputs,
@@ -22,6 +23,7 @@ from ssm_hf.ops.mamba3_scan.launch_parts import (
 )
 
 # Triton's annotations do not know that plain values may stand for constants.
+_pairs_kernel: Any = mamba3_pairs_kernel
 _keys_kernel: Any = mamba3_keys_kernel
 _queries_kernel: Any = mamba3_queries_kernel
 _heads_kernel: Any = mamba3_heads_kernel
@@ -30,7 +32,7 @@ _sum_kernel: Any = mamba3_sum_kernel
 
 
 class Found(NamedTuple):
-    """What the kernels of chunks and heads fill; see `mamba3_keys_kernel`."""
+    """What the kernels of chunks and heads fill; see `mamba3_pairs_kernel`."""
 
     dx: Tensor
     dz: Tensor | None
@@ -67,7 +69,7 @@ def _numbers(k: Sizes, t: Inputs, marks: Marks, dy: Tensor, grad: Tensor) -> tup
 
 
 def _blocks(k: Sizes, options: dict[str, Any]) -> dict[str, Any]:
-    return {"P_BLOCKS": -(-k.head_dim // options["BLOCK_P"]), "PREFETCH": k.prefetch, **k.shape}
+    return {"P_BLOCKS": -(-k.head_dim // options["BLOCK_P"]), **k.shape}
 
 
 def of_chunks(
@@ -81,26 +83,32 @@ def of_chunks(
     extra: Tensor | None,
     found: Found,
 ) -> Sums:
-    """Launch `mamba3_keys_kernel`, `mamba3_queries_kernel` and the sums over heads."""
+    """Launch the kernels of pairs, keys and queries, and the sums over heads."""
     rows = k.chunk * k.padded
     pairs = states.new_empty(k.chunks, k.heads, 2, rows, rows)
     dk, dq = (states.new_empty(k.chunks, k.heads, rows, k.pitch) for _ in range(2))
-    dtheta = later = None
+    dangle = later = None
     if k.angles:
-        dtheta = _new(k, k.chunks, k.heads, 2, k.chunk, k.width)
-        later = _new(k, k.chunks, k.heads, 2, k.width)
+        dangle = _new(k, k.chunks, k.heads, k.chunk, k.width)
+        later = _new(k, k.chunks, k.heads, k.width)
     numbers = _numbers(k, t, marks, dy, found.grad)
+    options = k.options("mamba3_pairs")
+    _pairs_kernel[(k.chunks * k.heads,)](
+        t.x, t.mimo_x, made.B, made.B_bias, made.C, made.C_bias, t.D, t.z, t.mimo_z, t.mimo_o,
+        marks.mask, dy, made.token, made.scale, made.angle, found.dD, found.grad, pairs,
+        *numbers, **_blocks(k, options), **options,
+    )  # fmt: skip
     options = k.options("mamba3_keys")
     _keys_kernel[(k.chunks * k.heads,)](
-        t.x, t.mimo_x, made.B, made.B_bias, made.C, made.C_bias, t.D, t.z, t.mimo_z, t.mimo_o,
-        marks.mask, dy, made.token, made.scale, made.angle, dstates, found.dx, found.dmimo_x,
-        found.dD, found.grad, pairs, dk, dtheta, later, *numbers, **_blocks(k, options), **options,
+        t.x, t.mimo_x, made.B, made.B_bias, made.C, made.C_bias, t.z, t.mimo_z, t.mimo_o,
+        marks.mask, dy, made.token, made.scale, made.angle, dstates, pairs, found.dx,
+        found.dmimo_x, found.grad, dk, dangle, later, *numbers, **_blocks(k, options), **options,
     )  # fmt: skip
     options = k.options("mamba3_queries")
     _queries_kernel[(k.chunks * k.heads,)](
         t.x, t.mimo_x, made.B, made.B_bias, made.C, made.C_bias, t.z, t.mimo_z, t.mimo_o,
         marks.mask, dy, made.token, made.angle, states, dstates, found.dz, found.dmimo_z,
-        found.dmimo_o, found.grad, pairs, dq, dtheta, later, *numbers, **_blocks(k, options),
+        found.dmimo_o, found.grad, pairs, dq, dangle, later, *numbers, **_blocks(k, options),
         **options,
     )  # fmt: skip
 
@@ -119,7 +127,7 @@ def of_chunks(
         PITCH=k.pitch, TOKENS=tokens, COLUMNS=columns, **options,
     )  # fmt: skip
     biases = (None if t.B_bias is None else dB_bias, None if t.C_bias is None else dC_bias)
-    if dtheta is None:
+    if dangle is None:
         return Sums(dB, dC, *biases, None, None, 0)
     options = k.options("mamba3_turns")
     heads = _heads_per_program(k, options.pop("HEADS"))
@@ -127,7 +135,7 @@ def of_chunks(
     dturns = _new(k, parts, k.batch, k.length, k.width)
     dphase = _new(k, 1, k.rows, k.heads, k.width, zero=k.varlen)
     _turns_kernel[(k.chunks * parts,)](
-        dtheta, later, made.token, made.turns, extra, marks.last, found.grad[4], dturns, dphase,
+        dangle, later, made.token, made.turns, extra, marks.last, found.grad[4], dturns, dphase,
         *k.tables, k.rows, k.length, k.heads, k.groups, dturns[0].numel(), RAGGED=k.ragged,
         VARLEN=k.varlen, Q=k.chunk, HEADS=heads, HEAD_BLOCKS=parts // k.groups, W=k.width,
         **options,

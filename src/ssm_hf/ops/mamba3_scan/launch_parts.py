@@ -26,7 +26,6 @@ TURN = 2 * math.pi
 # Least channels, and slots of states, of a tile on a GPU. With Triton 3.6 on Hopper, products with
 # a side below 64 have led to invalid memory accesses and to wrong results.
 CHANNELS, SLOTS = 64, 32
-PREFETCH = True
 
 
 class Sizes(NamedTuple):
@@ -84,11 +83,6 @@ class Sizes(NamedTuple):
             "W": self.width,
             "V": self.rest,
         }
-
-    @property
-    def prefetch(self) -> bool:
-        """Whether kernels ask for memory ahead, on NVIDIA's GPUs and in 16 bits."""
-        return PREFETCH and self.fast and not self.wide
 
     @property
     def pitch(self) -> int:

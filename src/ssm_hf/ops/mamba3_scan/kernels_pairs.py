@@ -1,0 +1,142 @@
+"""Triton kernel of Mamba-3's scan: pairs of rows of one chunk and head, backwards."""
+
+import triton
+import triton.language as tl
+
+from ssm_hf.ops.mamba3_scan.kernels_backward import (
+    fetch,
+    of_tokens,
+    operands,
+    rest_of,
+)
+from ssm_hf.ops.mamba3_scan.kernels_tiles import (
+    exp2,
+    load_gradients,
+    load_inputs,
+    load_token,
+    products,
+)
+from ssm_hf.ops.ssd.kernels import place_of_chunk, store_tile
+
+
+@triton.jit
+def mamba3_pairs_kernel(
+    x_ptr, mx_ptr, B_ptr, B_bias_ptr, C_ptr, C_bias_ptr, D_ptr, z_ptr, mz_ptr, mo_ptr, mask_ptr,
+    dy_ptr, token_ptr, scale_ptr, angle_ptr, dD_ptr, grad_ptr, pairs_ptr, cu_ptr, first_ptr,
+    row_ptr, x_sb, x_st, x_sh, z_sb, z_st, z_sh, mask_sb, mask_st, dy_sb, dy_st, dy_sr, dy_sh,
+    rows, length, heads: tl.constexpr, groups, ranks, plane,
+    HEAD_DIM: tl.constexpr, RAGGED: tl.constexpr, PER_RANK: tl.constexpr, ROPE: tl.constexpr,
+    VARLEN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    Q: tl.constexpr, RANKS: tl.constexpr, BLOCK_P: tl.constexpr, P_BLOCKS: tl.constexpr,
+    W: tl.constexpr, V: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """Pairs of rows s <= t of one chunk and head, and the gradient of D.
+
+    pairs (chunks, H, 2, ROWS, ROWS) keeps their weight and the gradient of k_s q_t, for the kernels
+    of keys and of queries: with them in one program registers would allow two at a time on a
+    multiprocessor, apart three. grad (5, chunks, H, Q) is what `mamba3_prepare_bwd_kernel` reads.
+    AHEAD: the program whose inputs are asked for; see `fetch`.
+    """
+    dot_type: tl.constexpr = tl.float32 if WIDE else B_ptr.dtype.element_ty
+    ROWS: tl.constexpr = Q * RANKS
+    PITCH: tl.constexpr = 2 * W + V
+    CUT_P: tl.constexpr = HEAD_DIM % BLOCK_P != 0
+    MASKED: tl.constexpr = RAGGED or mask_ptr is not None
+    head = tl.program_id(0) % heads
+    v = tl.program_id(0) // heads
+    batch, token, end = place_of_chunk(v, rows, length, cu_ptr, first_ptr, row_ptr, VARLEN, Q)
+    here = v.to(tl.int64) * heads + head
+    i = tl.arange(0, ROWS)
+    of_token = i // RANKS
+    j = tl.arange(0, Q)
+    in_row = token + of_token < end
+    in_tokens = token + j < end
+    is_real = in_tokens
+    if mask_ptr is not None:
+        at_mask = mask_ptr + batch * mask_sb + (token + j) * mask_st
+        is_real = in_tokens & (tl.load(at_mask, mask=in_tokens, other=0) != 0)
+    at = token_ptr + here * (4 * Q)
+    a, b, gamma, _delta = load_token(at, Q, RANKS)
+    at_x = x_ptr + batch * x_sb + head * x_sh + token * x_st
+    at_dy = dy_ptr + batch * dy_sb + head * dy_sh + token * dy_st
+    z_base = z_ptr
+    if z_ptr is not None:
+        z_base = z_ptr + batch * z_sb + head * z_sh + token * z_st
+    # All that is read stands before all that waits: a program's loads overlap no other work.
+    if P_BLOCKS == 1:
+        p = tl.arange(0, BLOCK_P)
+        x = load_inputs(at_x, x_st, mx_ptr, head, j, p, in_tokens, ranks, RAGGED, RANKS, CUT_P,
+                        HEAD_DIM).to(dot_type)  # fmt: skip
+        dy = load_gradients(
+            at_dy, dy_st, dy_sr, z_base, z_st, mz_ptr, mo_ptr, head, j, p, is_real, ranks, MASKED,
+            RANKS, PER_RANK, CUT_P, HEAD_DIM, FAST,
+        ).to(dot_type)  # fmt: skip
+    group = head // (heads // groups)
+    at_rows = ((batch * groups + group) * length + token) * (RANKS * PITCH)
+    _cos, _sin, ka, kb, qa, qb = operands(
+        B_ptr, B_bias_ptr, C_ptr, C_bias_ptr, angle_ptr, at_rows, here, head, i, in_row, dot_type,
+        RAGGED, ROPE, FAST, Q, RANKS, W, V,
+    )  # fmt: skip
+    # Not from `operands`: Triton 3.6 hands no None on in a tuple.
+    kc, qc = None, None
+    if V > 0:
+        kc = rest_of(B_ptr, B_bias_ptr, at_rows, head, i, in_row, dot_type, RAGGED, FAST, RANKS,
+                     W, V)  # fmt: skip
+        qc = rest_of(C_ptr, C_bias_ptr, at_rows, head, i, in_row, dot_type, RAGGED, FAST, RANKS,
+                     W, V)  # fmt: skip
+    at_pairs = pairs_ptr + here * (2 * ROWS * ROWS)
+    at_grad = grad_ptr + here * Q + j
+    xdy = tl.zeros((ROWS, ROWS), dtype=tl.float32)
+    for p_block in tl.static_range(P_BLOCKS):
+        p = p_block * BLOCK_P + tl.arange(0, BLOCK_P)
+        if P_BLOCKS > 1:
+            x = load_inputs(at_x, x_st, mx_ptr, head, j, p, in_tokens, ranks, RAGGED, RANKS, CUT_P,
+                            HEAD_DIM).to(dot_type)  # fmt: skip
+            dy = load_gradients(
+                at_dy, dy_st, dy_sr, z_base, z_st, mz_ptr, mo_ptr, head, j, p, is_real, ranks,
+                MASKED, RANKS, PER_RANK, CUT_P, HEAD_DIM, FAST,
+            ).to(dot_type)  # fmt: skip
+        xdy = tl.dot(x, tl.trans(dy), xdy, input_precision=PRECISION)
+    kq = products(ka, kb, kc, qa, qb, qc, dot_type, PRECISION)
+
+    if AHEAD > 0:
+        # Here, half a program's time before they are read: L2 keeps nothing for much longer.
+        fetch(
+            x_ptr, z_ptr, dy_ptr, angle_ptr, token_ptr, tl.program_id(0) + AHEAD,
+            x_sb, x_st, x_sh, z_sb, z_st, z_sh, dy_sb, dy_st, dy_sh, rows, length, heads,
+            cu_ptr, first_ptr, row_ptr, VARLEN, HEAD_DIM, Q, W,
+        )  # fmt: skip
+
+    # Tiles of pairs of rows are [s, t], s <= t: s reaches t > s with M s_s, itself with gamma.
+    later = of_token[:, None] < of_token[None, :]
+    same = of_token[:, None] == of_token[None, :]
+    if WIDE:
+        scale = tl.load(scale_ptr + here * Q + of_token)
+        exponent = (a[None, :] - a[:, None]) + (b[None, :] - b[:, None])
+    else:
+        scale = exp2(a - b, FAST)
+        exponent = a[None, :] - a[:, None]
+    M = exp2(tl.where(later, exponent, float("-inf")), FAST)
+    both = xdy * kq
+    on_self = tl.sum(tl.where(same, both, 0.0), axis=1)
+    tl.store(at_grad + 3 * plane, of_tokens(on_self, Q, RANKS))
+    both *= M
+    dscale = tl.sum(both, axis=1)
+    if WIDE:
+        # The same numbers with both signs: over a chunk, what they have in common cancels.
+        both *= scale[:, None]
+        da = tl.sum(both, axis=0) - tl.sum(both, axis=1)
+    else:
+        da = tl.sum(both * scale[:, None], axis=0) - scale * dscale
+    M = tl.where(same, gamma[:, None], M * scale[:, None])
+    pairs = (xdy * M).to(dot_type)
+    scores = kq * M
+    diagonal = i[:, None] == i[None, :]
+    if D_ptr is not None:
+        scores += tl.where(diagonal, tl.load(D_ptr + head).to(tl.float32), 0.0)
+        tl.store(dD_ptr + here, tl.sum(tl.sum(tl.where(diagonal, xdy, 0.0), axis=1), axis=0))
+    scores = scores.to(dot_type)
+    store_tile(at_pairs, ROWS, i, i, in_row, scores, False, False, ROWS)
+    store_tile(at_pairs + ROWS * ROWS, ROWS, i, i, in_row, pairs, False, False, ROWS)
+    tl.store(at_grad, of_tokens(da, Q, RANKS))
+    tl.store(at_grad + 2 * plane, of_tokens(dscale, Q, RANKS))
