@@ -111,6 +111,17 @@ def test_kernels_take_step_sizes_as_they_are() -> None:
 
 def test_kernels_limit_step_sizes() -> None:
     _assert_equal_to_torch(_draw(1, 5, 6, 4), dt_limit=(0.3, 1.5))
+    mask = torch.ones(2, 7, dtype=torch.bool, device=DEVICE)
+    mask[0, :3] = mask[1, 4] = False
+    _assert_equal_to_torch(_draw(2, 7, 3, 4), dt_limit=(0.3, 1.5), mask=mask)
+
+
+@pytest.mark.parametrize("shift", [-4, -9])
+def test_gradients_of_small_step_sizes_keep_their_digits(shift: int) -> None:
+    # The slope of the softplus is about the step size itself: 0.02 or 0.0001.
+    inputs = _draw(1, 5, 6, 4)
+    inputs["dt_bias"] += shift
+    _assert_equal_to_torch(inputs)
 
 
 @pytest.mark.parametrize(

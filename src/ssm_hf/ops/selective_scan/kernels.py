@@ -61,9 +61,14 @@ def _sigmoid(v):
 
 
 @triton.jit
+def _load_stored(ptr, stride, t, columns, inside):
+    """A tile as it is stored."""
+    return tl.load(ptr + t[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
 def _load_rows(ptr, stride, t, columns, inside, FAST: tl.constexpr):
-    tile = tl.load(ptr + t[:, None] * stride + columns[None, :], mask=inside, other=0.0)
-    return widened(tile, FAST)
+    return widened(_load_stored(ptr, stride, t, columns, inside), FAST)
 
 
 @triton.jit
@@ -89,14 +94,26 @@ def _per_channel(ptr, channels, BLOCK_T: tl.constexpr, E):
 
 
 @triton.jit
-def _step_size(raw, bias, real, lowest, highest, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr):
-    """Δ (T, E) of a tile, 0 where no real token stands: the state is held there."""
-    delta = raw + bias
+def _free_step(raw, bias, SOFTPLUS: tl.constexpr):
+    """Δ (T, E) of a tile before its limits."""
+    free = raw + bias
     if SOFTPLUS:
-        delta = _softplus(delta)
+        free = _softplus(free)
+    return free
+
+
+@triton.jit
+def _limited(free, real, lowest, highest, CLAMP: tl.constexpr):
+    """Δ within its limits, 0 where no real token stands: the state is held there."""
     if CLAMP:
-        delta = tl.minimum(tl.maximum(delta, lowest), highest)
-    return tl.where(real, delta, 0.0)
+        free = tl.minimum(tl.maximum(free, lowest), highest)
+    return tl.where(real, free, 0.0)
+
+
+@triton.jit
+def _step_size(raw, bias, real, lowest, highest, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr):
+    """Δ (T, E) of a tile."""
+    return _limited(_free_step(raw, bias, SOFTPLUS), real, lowest, highest, CLAMP)
 
 
 @triton.jit
