@@ -61,14 +61,9 @@ def _sigmoid(v):
 
 
 @triton.jit
-def _load_stored(ptr, stride, t, columns, inside):
-    """A tile as it is stored."""
-    return tl.load(ptr + t[:, None] * stride + columns[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
 def _load_rows(ptr, stride, t, columns, inside, FAST: tl.constexpr):
-    return widened(_load_stored(ptr, stride, t, columns, inside), FAST)
+    tile = tl.load(ptr + t[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+    return widened(tile, FAST)
 
 
 @triton.jit
@@ -94,26 +89,14 @@ def _per_channel(ptr, channels, BLOCK_T: tl.constexpr, E):
 
 
 @triton.jit
-def _free_step(raw, bias, SOFTPLUS: tl.constexpr):
-    """Δ (T, E) of a tile before its limits."""
-    free = raw + bias
-    if SOFTPLUS:
-        free = _softplus(free)
-    return free
-
-
-@triton.jit
-def _limited(free, real, lowest, highest, CLAMP: tl.constexpr):
-    """Δ within its limits, 0 where no real token stands: the state is held there."""
-    if CLAMP:
-        free = tl.minimum(tl.maximum(free, lowest), highest)
-    return tl.where(real, free, 0.0)
-
-
-@triton.jit
 def _step_size(raw, bias, real, lowest, highest, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr):
-    """Δ (T, E) of a tile."""
-    return _limited(_free_step(raw, bias, SOFTPLUS), real, lowest, highest, CLAMP)
+    """Δ (T, E) of a tile, 0 where no real token stands: the state is held there."""
+    delta = raw + bias
+    if SOFTPLUS:
+        delta = _softplus(delta)
+    if CLAMP:
+        delta = tl.minimum(tl.maximum(delta, lowest), highest)
+    return tl.where(real, delta, 0.0)
 
 
 @triton.jit

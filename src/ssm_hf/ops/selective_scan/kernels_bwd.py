@@ -3,43 +3,23 @@
 import triton
 import triton.language as tl
 
-from ssm_hf.ops.kernels_dtype import widened
 from ssm_hf.ops.selective_scan.kernels import (
     _decays,
     _document_drops,
     _first_saved,
-    _free_step,
     _handed_on,
-    _limited,
     _load_rows,
-    _load_stored,
     _per_channel,
     _row,
     _row_extent,
     _segment,
     _sigmoid,
+    _step_size,
     _with_row,
 )
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def _softplus_slope(step, EXACT: tl.constexpr):
-    """Slope of the softplus where its value is `step`: 1 - e^-step.
-
-    EXACT keeps the relative accuracy of small steps, of which the difference leaves little; the
-    gradient in 16 bits has none to lose.
-    """
-    slope = 1.0 - tl.exp2(-step * LOG2E)
-    if EXACT:
-        # The series' remainder is 4e-8 of it at 1/8.
-        p = step * -0.00833333333 + 0.0416666667
-        p = 0.166666667 - p * step
-        p = 0.5 - p * step
-        slope = tl.where(step < 0.125, step * (1.0 - p * step), slope)
-    return slope
 
 
 @triton.jit
@@ -151,9 +131,8 @@ def selective_scan_bwd_kernel(
     """One program per row (or document), segment of the row and block of channels.
 
     Chunks of CHUNK tokens in reverse order: states are formed again from the saved one, once to
-    note in scratch the state before each tile and the step sizes (BLOCK_F tokens at a time), once
-    on the way back (BLOCK_T at a time). What the way back needs first is asked for before all
-    that. Results go past the L2 cache, which is to hold the scratch.
+    note the state before each tile in scratch (BLOCK_F tokens at a time), once on the way back
+    (BLOCK_T at a time).
 
     y (B, T, E), if given, receives what the forward pass gave, from ungated as it was before the
     gate. dB, dC (blocks, tokens, N), dA (rows * segments, E, N), dD, dbias (rows * segments, E)
@@ -175,7 +154,7 @@ def selective_scan_bwd_kernel(
     en = e[None, :, None] * N + n[None, None, :]
     in_en = in_e[None, :, None] & in_n[None, None, :]
     A2 = tl.load(A_ptr + en, mask=in_en, other=0.0).to(tl.float32) * LOG2E
-    bias = _per_channel(bias_ptr, e, BLOCK_F, E)
+    bias_f, bias = _per_channel(bias_ptr, e, BLOCK_F, E), _per_channel(bias_ptr, e, BLOCK_T, E)
     D = _per_channel(D_ptr, e, BLOCK_T, E)
 
     leaving = tl.zeros((1, BLOCK_E, BLOCK_N), tl.float32)
@@ -197,10 +176,7 @@ def selective_scan_bwd_kernel(
     first += batch * T
     # Scratch is laid out as the program likes it, so no mask is needed.
     own = tl.arange(0, BLOCK_E)[None, :, None] * BLOCK_N + n[None, None, :]
-    STATES: tl.constexpr = CHUNK // BLOCK_T * BLOCK_E * BLOCK_N
-    scratch_ptr += tl.program_id(0).to(tl.int64) * (STATES + CHUNK * BLOCK_E)
-    steps_ptr = scratch_ptr + STATES
-    own_e = tl.arange(0, BLOCK_E)
+    scratch_ptr += tl.program_id(0).to(tl.int64) * (CHUNK // BLOCK_T * BLOCK_E * BLOCK_N)
 
     dA = tl.sum(tl.zeros((1, BLOCK_E, BLOCK_N), tl.float32), axis=0)
     dD = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
@@ -213,34 +189,17 @@ def selective_scan_bwd_kernel(
         long = tl.cast(c0, tl.int64)
         entering = tl.load(saved_ptr + chunk * size + en, mask=in_en, other=0.0)
         h = tl.sum(entering, axis=0)
-
-        tiles = tl.cdiv(stop - c0, BLOCK_T)
-        tail = tl.cast(c0 + (tiles - 1) * BLOCK_T, tl.int64)
-        x_at, dy_at = x_ptr + tail * x_t, dy_ptr + tail * dy_t
-        B_at, C_at = B_ptr + tail * B_t, C_ptr + tail * C_t
-        z_at = dy_at if z_ptr is None else z_ptr + tail * z_t
-        y_at = dy_at if z_ptr is None else ungated_ptr + (first + tail) * E
-        noted = scratch_ptr + (tiles - 1) * (BLOCK_E * BLOCK_N)
-        there = tail + t < stop
-        x_last = _load_stored(x_at, x_t, t, e, there[:, None] & in_e[None, :])
-        dy_last = _load_stored(dy_at, dy_t, t, e, there[:, None] & in_e[None, :])
-        B_last = _load_stored(B_at, B_t, t, n, there[:, None] & in_n[None, :])
-        C_last = _load_stored(C_at, C_t, t, n, there[:, None] & in_n[None, :])
-        if z_ptr is not None:
-            z_last = _load_stored(z_at, z_t, t, e, there[:, None] & in_e[None, :])
-            y_last = _load_stored(y_at, E, t, e, there[:, None] & in_e[None, :])
-
-        # Forward through the chunk.
-        xf_at, dt_at, Bf_at = x_ptr + long * x_t, dt_ptr + long * dt_t, B_ptr + long * B_t
-        notes = scratch_ptr
+        # Forward through the chunk: the state before each tile goes to scratch.
+        x_at, dt_at, B_at = x_ptr + long * x_t, dt_ptr + long * dt_t, B_ptr + long * B_t
+        noted = scratch_ptr
         for t0 in tl.range(c0, stop, BLOCK_F, num_stages=STAGES):
             here = t0 + f < stop
-            x = _load_rows(xf_at, x_t, f, e, here[:, None] & in_e[None, :], FAST)
+            x = _load_rows(x_at, x_t, f, e, here[:, None] & in_e[None, :], FAST)
             raw = _load_rows(dt_at, dt_t, f, e, here[:, None] & in_e[None, :], FAST)
-            B = _load_rows(Bf_at, B_t, f, n, here[:, None] & in_n[None, :], FAST)
-            xf_at += BLOCK_F * x_t
+            B = _load_rows(B_at, B_t, f, n, here[:, None] & in_n[None, :], FAST)
+            x_at += BLOCK_F * x_t
             dt_at += BLOCK_F * dt_t
-            Bf_at += BLOCK_F * B_t
+            B_at += BLOCK_F * B_t
             real = here[:, None] & in_e[None, :]
             if mask_ptr is not None:
                 mask = tl.load(mask_ptr + first + t0 + f, mask=here, other=0)
@@ -248,32 +207,36 @@ def selective_scan_bwd_kernel(
             drops = tl.zeros((BLOCK_F,), tl.float32)
             if seq_ptr is not None:
                 drops = _document_drops(seq_ptr, t0 + f, first, length)
-            free = _free_step(raw, bias, SOFTPLUS)
-            delta = _limited(free, real, lowest, highest, CLAMP)
-            # Limits are passed by gradients where the step size before them lies within.
-            step = free if CLAMP else delta
-            tl.store(steps_ptr + (t0 - c0 + f)[:, None] * BLOCK_E + own_e[None, :], step)
+            delta = _step_size(raw, bias_f, real, lowest, highest, SOFTPLUS, CLAMP)
             a = _decays(delta[:, :, None], A2, drops, seq_ptr is not None)
             b = (delta * x)[:, :, None] * B[:, None, :]
             for i in tl.static_range(BLOCK_F):
                 if i % BLOCK_T == 0:
-                    tl.store(notes + i // BLOCK_T * (BLOCK_E * BLOCK_N) + own, h[None, :, :])
+                    tl.store(noted + i // BLOCK_T * (BLOCK_E * BLOCK_N) + own, h[None, :, :])
                 h = _row(a, i) * h + _row(b, i)
-            notes += BLOCK_F // BLOCK_T * BLOCK_E * BLOCK_N
+            noted += BLOCK_F // BLOCK_T * BLOCK_E * BLOCK_N
         tl.debug_barrier()
 
         # And back, tile by tile.
-        x_next = widened(x_last, FAST)
-        step_next = tl.load(
-            steps_ptr + ((tiles - 1) * BLOCK_T + t)[:, None] * BLOCK_E + own_e[None, :]
-        )
-        dy_next = widened(dy_last, FAST)
-        B_next, C_next = widened(B_last, FAST), widened(C_last, FAST)
+        tiles = tl.cdiv(stop - c0, BLOCK_T)
+        long = tl.cast(c0 + (tiles - 1) * BLOCK_T, tl.int64)
+        x_at, dt_at, dy_at = x_ptr + long * x_t, dt_ptr + long * dt_t, dy_ptr + long * dy_t
+        B_at, C_at = B_ptr + long * B_t, C_ptr + long * C_t
+        z_at = dy_at if z_ptr is None else z_ptr + long * z_t
+        y_at = dy_at if z_ptr is None else ungated_ptr + (first + long) * E
+        noted = scratch_ptr + (tiles - 1) * (BLOCK_E * BLOCK_N)
+        here = long + t < stop
+        x_next = _load_rows(x_at, x_t, t, e, here[:, None] & in_e[None, :], FAST)
+        dt_next = _load_rows(dt_at, dt_t, t, e, here[:, None] & in_e[None, :], FAST)
+        dy_next = _load_rows(dy_at, dy_t, t, e, here[:, None] & in_e[None, :], FAST)
+        B_next = _load_rows(B_at, B_t, t, n, here[:, None] & in_n[None, :], FAST)
+        C_next = _load_rows(C_at, C_t, t, n, here[:, None] & in_n[None, :], FAST)
         z_next, y_next = x_next, x_next
         if z_ptr is not None:
-            z_next, y_next = widened(z_last, FAST), widened(y_last, FAST)
+            z_next = _load_rows(z_at, z_t, t, e, here[:, None] & in_e[None, :], FAST)
+            y_next = _load_rows(y_at, E, t, e, here[:, None] & in_e[None, :], FAST)
         for tile in range(tiles - 1, -1, -1):
-            x, step, dy, B, C, z, y = x_next, step_next, dy_next, B_next, C_next, z_next, y_next
+            x, raw, dy, B, C, z, y = x_next, dt_next, dy_next, B_next, C_next, z_next, y_next
             at = c0 + tile * BLOCK_T + t
             inside = (at < stop)[:, None] & in_e[None, :]
             inside_n = (at < stop)[:, None] & in_n[None, :]
@@ -281,14 +244,13 @@ def selective_scan_bwd_kernel(
             noted -= BLOCK_E * BLOCK_N
             # The tile before this one is whole; in front of the first there is none.
             x_at -= BLOCK_T * x_t
+            dt_at -= BLOCK_T * dt_t
             dy_at -= BLOCK_T * dy_t
             B_at -= BLOCK_T * B_t
             C_at -= BLOCK_T * C_t
             more = (t >= 0) & (tile > 0)
             x_next = _load_rows(x_at, x_t, t, e, more[:, None] & in_e[None, :], FAST)
-            step_next = _load_stored(
-                steps_ptr, BLOCK_E, (tile - 1) * BLOCK_T + t, own_e, more[:, None]
-            )
+            dt_next = _load_rows(dt_at, dt_t, t, e, more[:, None] & in_e[None, :], FAST)
             dy_next = _load_rows(dy_at, dy_t, t, e, more[:, None] & in_e[None, :], FAST)
             B_next = _load_rows(B_at, B_t, t, n, more[:, None] & in_n[None, :], FAST)
             C_next = _load_rows(C_at, C_t, t, n, more[:, None] & in_n[None, :], FAST)
@@ -305,7 +267,7 @@ def selective_scan_bwd_kernel(
             drops = tl.zeros((BLOCK_T,), tl.float32)
             if seq_ptr is not None:
                 drops = _document_drops(seq_ptr, at, first, length)
-            delta = _limited(step, real, lowest, highest, CLAMP) if CLAMP else step
+            delta = _step_size(raw, bias, real, lowest, highest, SOFTPLUS, CLAMP)
             steps, u = _along_states(delta, delta * x, BLOCK_N)
             a = _decays(steps, A2, drops, seq_ptr is not None)
             b = u * B[:, None, :]
@@ -321,9 +283,9 @@ def selective_scan_bwd_kernel(
                 gate = z * open_
                 dz_at = (first + at)[:, None] * dz_t + e[None, :]
                 slope = open_ + gate * (1.0 - open_)
-                tl.store(dz_ptr + dz_at, dy * y * slope, mask=inside, eviction_policy="evict_first")
+                tl.store(dz_ptr + dz_at, dy * y * slope, mask=inside)
                 if y_ptr is not None:
-                    tl.store(y_ptr + out, y * gate, mask=inside, eviction_policy="evict_first")
+                    tl.store(y_ptr + out, y * gate, mask=inside)
                 dy *= gate
             at_C = states * dy[:, :, None]
             g, exponent = a, a
@@ -339,17 +301,18 @@ def selective_scan_bwd_kernel(
             du, dstep = _over_states(g * B[:, None, :], exponent * A2)
             ddelta = x * du + LN2 * dstep
             if CLAMP:
-                ddelta = tl.where((step >= lowest) & (step <= highest), ddelta, 0.0)
+                free = _step_size(raw, bias, real, lowest, highest, SOFTPLUS, False)
+                ddelta = tl.where((free >= lowest) & (free <= highest), ddelta, 0.0)
             if SOFTPLUS:
-                ddelta *= _softplus_slope(step, ddt_ptr.dtype.element_ty == tl.float32)
+                ddelta *= _sigmoid(raw + bias)
             ddelta = tl.where(real, ddelta, 0.0)
-            tl.store(ddt_ptr + out, ddelta, mask=inside, eviction_policy="evict_first")
-            tl.store(dx_ptr + out, D * dy + delta * du, mask=inside, eviction_policy="evict_first")
+            tl.store(ddt_ptr + out, ddelta, mask=inside)
+            tl.store(dx_ptr + out, D * dy + delta * du, mask=inside)
             dD += dy * x
             dbias += ddelta
             share = (block.to(tl.int64) * tokens + first + at)[:, None] * N + n[None, :]
-            tl.store(dB_ptr + share, dB, mask=inside_n, eviction_policy="evict_first")
-            tl.store(dC_ptr + share, dC, mask=inside_n, eviction_policy="evict_first")
+            tl.store(dB_ptr + share, dB, mask=inside_n)
+            tl.store(dC_ptr + share, dC, mask=inside_n)
         tl.debug_barrier()
 
     tl.store(dA_ptr + place.to(tl.int64) * size + en, dA[None, :, :], mask=in_en)

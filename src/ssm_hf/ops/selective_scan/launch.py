@@ -324,9 +324,7 @@ def gradients_into(
     )
     has_initial = initial_state is not None
     tiles = CHUNK // options["BLOCK_T"]
-    # The states before a chunk's tiles and the chunk's step sizes.
-    a_program = options["BLOCK_E"] * (tiles * options["BLOCK_N"] + CHUNK)
-    scratch = torch.empty(programs, a_program, **wide)
+    scratch = torch.empty(programs, tiles, options["BLOCK_E"], options["BLOCK_N"], **wide)
     with on_device(x):
         carry = _carries(dy, dt, A, C, z, dt_bias, packing, rows, segments, limits, True)
         _bwd_kernel[(programs,)](
