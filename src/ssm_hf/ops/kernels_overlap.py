@@ -32,13 +32,3 @@ def wait_for_all(OVERLAP: tl.constexpr):
     """Go on when the kernels before have finished."""
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
-def fetch_ahead(pointers, OVERLAP: tl.constexpr):
-    """Bring the lines (128 bytes) that pointers lie in into L2, without waiting for them."""
-    if OVERLAP:
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ssm_hf.ops.causal_conv1d.kernels_step import convolved, shift_window, silu
-from ssm_hf.ops.kernels_overlap import begin_next, fetch_ahead, wait_for_all, wait_for_previous
+from ssm_hf.ops.kernels_overlap import begin_next, wait_for_all, wait_for_previous
 
 
 @triton.jit
@@ -181,8 +181,6 @@ def mamba2_step_rows_kernel(
     STATES: tl.constexpr,
     TILES: tl.constexpr,
     EARLY: tl.constexpr,  # tiles whose states are loaded while the kernels before still run
-    FETCH: tl.constexpr,  # tiles that are brought to L2 meanwhile for the program WAVE further on
-    WAVE: tl.constexpr,  # programs that run at a time
     BLOCK_P: tl.constexpr,  # divides HEAD_DIM
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,  # at least the heads that a program meets
@@ -191,9 +189,9 @@ def mamba2_step_rows_kernel(
 ):  # fmt: skip
     """Recurrence, skip and gate. One program: TILES times BLOCK_P channels of one row and group.
 
-    The states of the first EARLY tiles wait in registers for the kernels before, those of programs
-    that find no room yet in L2; those of the rest are fetched STAGES - 1 steps ahead. Nobody reads
-    a state again before the next token, so it leaves the L2 cache first.
+    The states of the first EARLY tiles wait in registers for the kernels before; those of the rest
+    are fetched STAGES - 1 steps ahead. Nobody reads a state again before the next token, so it
+    leaves the L2 cache first.
     """
     begin_next(OVERLAP)
     row = tl.program_id(1).to(tl.int64)
@@ -210,14 +208,6 @@ def mamba2_step_rows_kernel(
         S = tl.load(state + tile * BLOCK_P * STATES, mask=n_inside[None, :], other=0.0,
                     eviction_policy="evict_first")  # fmt: skip
         tiles = tiles + (S,)
-    if FETCH > 0:
-        program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        if program < WAVE and program + WAVE < tl.num_programs(0) * tl.num_programs(1):
-            per_line: tl.constexpr = 1024 // ssm_state_ptr.dtype.element_ty.primitive_bitwidth
-            lines: tl.constexpr = (FETCH * BLOCK_P * STATES + per_line - 1) // per_line
-            line = tl.minimum(tl.arange(0, triton.next_power_of_2(lines)), lines - 1)
-            later = (program + WAVE).to(tl.int64) * (TILES * BLOCK_P * STATES)
-            fetch_ahead(ssm_state_ptr + later + line * per_line, OVERLAP)
     h = first // HEAD_DIM + tl.arange(0, BLOCK_H)
     h_inside = h < heads
     bias = tl.load(dt_bias_ptr + h, mask=h_inside, other=0.0).to(tl.float32)

@@ -33,8 +33,7 @@ def _tiles(
     tiles = next(fitting, per_group)
     # Where a program's first channel lies inside a head, it meets one head more.
     block_h = power_of_two(tiles * block_p // head_dim + 1)
-    options["EARLY"], options["FETCH"] = (min(options[n], tiles) for n in ("EARLY", "FETCH"))
-    options["WAVE"] *= common.processors(state.device)
+    options["EARLY"] = min(options["EARLY"], tiles)
     return {**options, "TILES": tiles, "BLOCK_P": block_p, "BLOCK_N": block_n, "BLOCK_H": block_h}
 
 
