@@ -28,14 +28,15 @@ def mamba3_pairs_kernel(
     HEAD_DIM: tl.constexpr, RAGGED: tl.constexpr, PER_RANK: tl.constexpr, ROPE: tl.constexpr,
     VARLEN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
     Q: tl.constexpr, RANKS: tl.constexpr, BLOCK_P: tl.constexpr, P_BLOCKS: tl.constexpr,
-    W: tl.constexpr, V: tl.constexpr, AHEAD: tl.constexpr,
+    W: tl.constexpr, V: tl.constexpr, AHEAD: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
     """Pairs of rows s <= t of one chunk and head, and the gradient of D.
 
     pairs (chunks, H, 2, ROWS, ROWS) keeps their weight and the gradient of k_s q_t, for the kernels
     of keys and of queries: with them in one program registers would allow two at a time on a
     multiprocessor, apart three. grad (5, chunks, H, Q) is what `mamba3_prepare_bwd_kernel` reads.
-    AHEAD: the program whose inputs are asked for; see `fetch`.
+    AHEAD: the program whose inputs are asked for; see `fetch`. FLAT sums a diagonal in one go: of a
+    sum of sums Triton 3.6 makes no code for Blackwell.
     """
     dot_type: tl.constexpr = tl.float32 if WIDE else B_ptr.dtype.element_ty
     ROWS: tl.constexpr = Q * RANKS
@@ -134,7 +135,9 @@ def mamba3_pairs_kernel(
     diagonal = i[:, None] == i[None, :]
     if D_ptr is not None:
         scores += tl.where(diagonal, tl.load(D_ptr + head).to(tl.float32), 0.0)
-        tl.store(dD_ptr + here, tl.sum(tl.sum(tl.where(diagonal, xdy, 0.0), axis=1), axis=0))
+        at_D = dD_ptr + here
+        trace = tl.where(diagonal, xdy, 0.0)
+        tl.store(at_D, tl.sum(trace) if FLAT else tl.sum(tl.sum(trace, axis=1), axis=0))
     scores = scores.to(dot_type)
     store_tile(at_pairs, ROWS, i, i, in_row, scores, False, False, ROWS)
     store_tile(at_pairs + ROWS * ROWS, ROWS, i, i, in_row, pairs, False, False, ROWS)
