@@ -1,6 +1,7 @@
 """Attention on intervals: torch path and kernels against the definition in fp64."""
 
 import importlib
+import sys
 from typing import Any
 
 import pytest
@@ -266,6 +267,18 @@ def test_bad_input_is_refused() -> None:
     q, k, v = (t[..., :256].half() for t in large)
     with pytest.raises(ImplementationUnavailableError, match="dimensions"):
         attend([q.bfloat16(), k, v], low[:1], high[:1], impl="triton")
+
+
+def test_kernels_refuse_a_triton_that_fails_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    package = sys.modules["ssm_hf.ops.interval_attention"]
+    monkeypatch.setattr(package, "COMPILES_FOR_TENSOR_MEMORY", False)
+    q, k, v = _leaves(1, 5, 5)
+    assert package.why_unsupported(q, k, v) is None
+    monkeypatch.setattr(package, "architecture", lambda device: "sm100")
+    low, high = _intervals("causal", 1, 5, 5)
+    with pytest.raises(ImplementationUnavailableError, match=r"Triton 3\.5 or later"):
+        attend([q, k, v], low, high, impl="triton")
+    assert attend([q, k, v], low, high).shape == q.shape
 
 
 STEPS: dict[str, dict[str, Any]] = {

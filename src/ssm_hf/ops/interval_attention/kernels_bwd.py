@@ -5,6 +5,8 @@ passes form p anew from the scores and their stored logarithmic sums; none adds 
 program writes.
 """
 
+import inspect
+
 import triton
 import triton.language as tl
 
@@ -17,6 +19,9 @@ from ssm_hf.ops.interval_attention.kernels import (
     tile_and_head,
     tiles_of_keys,
 )
+
+# Triton 3.4 fails on keys' gradients for GPUs with tensor memory; 3.5 is told by what it added.
+COMPILES_FOR_TENSOR_MEMORY = "disable_licm" in inspect.signature(tl.range.__init__).parameters
 
 
 @triton.jit
