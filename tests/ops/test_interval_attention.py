@@ -271,7 +271,7 @@ def test_bad_input_is_refused() -> None:
 
 def test_kernels_refuse_a_triton_that_fails_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     package = sys.modules["ssm_hf.ops.interval_attention"]
-    monkeypatch.setattr(package, "COMPILES_FOR_TENSOR_MEMORY", False)
+    monkeypatch.setattr(package, "compiles_for_tensor_memory", False)
     q, k, v = _leaves(1, 5, 5)
     assert package.why_unsupported(q, k, v) is None
     monkeypatch.setattr(package, "architecture", lambda device: "sm100")

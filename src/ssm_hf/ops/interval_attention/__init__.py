@@ -17,10 +17,10 @@ from ssm_hf.ops.launch import architecture, unsupported_dtypes
 from ssm_hf.ops.packing import in_given_precision
 
 if HAS_TRITON:
-    from ssm_hf.ops.interval_attention.kernels_bwd import COMPILES_FOR_TENSOR_MEMORY
+    from ssm_hf.ops.interval_attention.kernels_bwd import compiles_for_tensor_memory
     from ssm_hf.ops.interval_attention.launch import interval_attention_triton
 else:
-    COMPILES_FOR_TENSOR_MEMORY = True
+    compiles_for_tensor_memory = True
     interval_attention_triton = None
 
 __all__ = [
@@ -35,7 +35,7 @@ __all__ = [
 
 def why_unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Why the kernels cannot take these; None when they can."""
-    if not COMPILES_FOR_TENSOR_MEMORY and architecture(q.device).startswith("sm10"):
+    if not compiles_for_tensor_memory and architecture(q.device).startswith("sm10"):
         return "its kernels need Triton 3.5 or later on this GPU (Blackwell)"
     most = 128 if product_dtype(q, k, v) == torch.float32 else 256
     if q.shape[-1] > most:

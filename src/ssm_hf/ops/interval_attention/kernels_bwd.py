@@ -21,7 +21,7 @@ from ssm_hf.ops.interval_attention.kernels import (
 )
 
 # Triton 3.4 fails on keys' gradients for GPUs with tensor memory; 3.5 is told by what it added.
-COMPILES_FOR_TENSOR_MEMORY = "disable_licm" in inspect.signature(tl.range.__init__).parameters
+compiles_for_tensor_memory = "disable_licm" in inspect.signature(tl.range.__init__).parameters
 
 
 @triton.jit
