@@ -4,9 +4,14 @@ import triton
 import triton.language as tl
 
 from ssm_hf.ops.mamba3_scan.kernels_backward import (
+    at_group,
+    at_head,
     load_state,
+    load_x_and_dy,
+    masks_of_chunk,
     of_tokens,
     operands,
+    place_of_program,
     rest_of,
     store_ranks,
     turned_back,
@@ -24,7 +29,7 @@ from ssm_hf.ops.mamba3_scan.kernels_tiles import (
     rotation,
     to_rows,
 )
-from ssm_hf.ops.ssd.kernels import load_tile, place_of_chunk, store_tile
+from ssm_hf.ops.ssd.kernels import load_tile, store_tile
 
 
 @triton.jit
@@ -76,49 +81,36 @@ def mamba3_keys_kernel(
     PITCH: tl.constexpr = 2 * W + V
     CUT_P: tl.constexpr = HEAD_DIM % BLOCK_P != 0
     MASKED: tl.constexpr = RAGGED or mask_ptr is not None
-    head = tl.program_id(0) % heads
-    v = tl.program_id(0) // heads
-    batch, token, end = place_of_chunk(v, rows, length, cu_ptr, first_ptr, row_ptr, VARLEN, Q)
-    here = v.to(tl.int64) * heads + head
+    head, batch, token, end, here = place_of_program(
+        tl.program_id(0), rows, length, heads, cu_ptr, first_ptr, row_ptr, VARLEN, Q
+    )
     i = tl.arange(0, ROWS)
     of_token = i // RANKS
     j = tl.arange(0, Q)
     n = tl.arange(0, W)
-    in_row = token + of_token < end
-    in_tokens = token + j < end
-    is_real = in_tokens
-    if mask_ptr is not None:
-        at_mask = mask_ptr + batch * mask_sb + (token + j) * mask_st
-        is_real = in_tokens & (tl.load(at_mask, mask=in_tokens, other=0) != 0)
+    in_row, in_tokens, is_real = masks_of_chunk(
+        batch, token, end, of_token, j, mask_ptr, mask_sb, mask_st
+    )
     at = token_ptr + here * (4 * Q)
     a, b, _gamma, _delta = load_token(at, Q, RANKS)
-    at_x = x_ptr + batch * x_sb + head * x_sh + token * x_st
-    at_dy = dy_ptr + batch * dy_sb + head * dy_sh + token * dy_st
-    z_base = z_ptr
-    if z_ptr is not None:
-        z_base = z_ptr + batch * z_sb + head * z_sh + token * z_st
+    at_x = at_head(x_ptr, batch, head, token, x_sb, x_sh, x_st)
+    at_dy = at_head(dy_ptr, batch, head, token, dy_sb, dy_sh, dy_st)
+    at_z = at_head(z_ptr, batch, head, token, z_sb, z_sh, z_st)
     # All that is read stands before all that waits: a program's loads overlap no other work.
     if P_BLOCKS == 1:
         p = tl.arange(0, BLOCK_P)
-        x = load_inputs(at_x, x_st, mx_ptr, head, j, p, in_tokens, ranks, RAGGED, RANKS, CUT_P,
-                        HEAD_DIM).to(dot_type)  # fmt: skip
-        dy = load_gradients(
-            at_dy, dy_st, dy_sr, z_base, z_st, mz_ptr, mo_ptr, head, j, p, is_real, ranks, MASKED,
-            RANKS, PER_RANK, CUT_P, HEAD_DIM, FAST,
-        ).to(dot_type)  # fmt: skip
-    group = head // (heads // groups)
-    at_rows = ((batch * groups + group) * length + token) * (RANKS * PITCH)
+        x, dy = load_x_and_dy(
+            at_x, x_st, mx_ptr, at_dy, dy_st, dy_sr, at_z, z_st, mz_ptr, mo_ptr, head, j, p,
+            in_tokens, is_real, ranks, dot_type, RAGGED, MASKED, PER_RANK, RANKS, CUT_P, HEAD_DIM,
+            FAST,
+        )  # fmt: skip
+    at_rows = at_group(batch, head, token, length, heads, groups, RANKS, PITCH)
     cos, sin, ka, kb, qa, qb = operands(
         B_ptr, B_bias_ptr, C_ptr, C_bias_ptr, angle_ptr, at_rows, here, head, i, in_row, dot_type,
         RAGGED, ROPE, FAST, Q, RANKS, W, V,
     )  # fmt: skip
-    # Not from `operands`: Triton 3.6 hands no None on in a tuple.
-    kc, qc = None, None
-    if V > 0:
-        kc = rest_of(B_ptr, B_bias_ptr, at_rows, head, i, in_row, dot_type, RAGGED, FAST, RANKS,
-                     W, V)  # fmt: skip
-        qc = rest_of(C_ptr, C_bias_ptr, at_rows, head, i, in_row, dot_type, RAGGED, FAST, RANKS,
-                     W, V)  # fmt: skip
+    kc = rest_of(B_ptr, B_bias_ptr, at_rows, head, i, in_row, dot_type, RAGGED, FAST, RANKS, W, V)
+    qc = rest_of(C_ptr, C_bias_ptr, at_rows, head, i, in_row, dot_type, RAGGED, FAST, RANKS, W, V)
     at_dS = dstates_ptr + here * (HEAD_DIM * PITCH)
     at_pairs = pairs_ptr + here * (2 * ROWS * ROWS)
     at_grad = grad_ptr + here * Q + j
@@ -144,12 +136,11 @@ def mamba3_keys_kernel(
     for p_block in tl.static_range(P_BLOCKS):
         p = p_block * BLOCK_P + tl.arange(0, BLOCK_P)
         if P_BLOCKS > 1:
-            x = load_inputs(at_x, x_st, mx_ptr, head, j, p, in_tokens, ranks, RAGGED, RANKS, CUT_P,
-                            HEAD_DIM).to(dot_type)  # fmt: skip
-            dy = load_gradients(
-                at_dy, dy_st, dy_sr, z_base, z_st, mz_ptr, mo_ptr, head, j, p, is_real, ranks,
-                MASKED, RANKS, PER_RANK, CUT_P, HEAD_DIM, FAST,
-            ).to(dot_type)  # fmt: skip
+            x, dy = load_x_and_dy(
+                at_x, x_st, mx_ptr, at_dy, dy_st, dy_sr, at_z, z_st, mz_ptr, mo_ptr, head, j, p,
+                in_tokens, is_real, ranks, dot_type, RAGGED, MASKED, PER_RANK, RANKS, CUT_P,
+                HEAD_DIM, FAST,
+            )  # fmt: skip
         # Empty chunks (VARLEN) have no states; RAGGED covers them.
         p_in = p < tl.where(token < end, HEAD_DIM, 0)
         dSa = load_state(at_dS, p, p_in, dot_type, RAGGED or CUT_P, W, PITCH)
@@ -214,46 +205,34 @@ def mamba3_queries_kernel(
     PITCH: tl.constexpr = 2 * W + V
     CUT_P: tl.constexpr = HEAD_DIM % BLOCK_P != 0
     MASKED: tl.constexpr = RAGGED or mask_ptr is not None
-    head = tl.program_id(0) % heads
-    v = tl.program_id(0) // heads
-    batch, token, end = place_of_chunk(v, rows, length, cu_ptr, first_ptr, row_ptr, VARLEN, Q)
-    here = v.to(tl.int64) * heads + head
+    head, batch, token, end, here = place_of_program(
+        tl.program_id(0), rows, length, heads, cu_ptr, first_ptr, row_ptr, VARLEN, Q
+    )
     at_pairs = pairs_ptr + here * (2 * ROWS * ROWS)
     i = tl.arange(0, ROWS)
     of_token = i // RANKS
     j = tl.arange(0, Q)
     n = tl.arange(0, W)
-    in_row = token + of_token < end
-    in_tokens = token + j < end
-    is_real = in_tokens
-    if mask_ptr is not None:
-        at_mask = mask_ptr + batch * mask_sb + (token + j) * mask_st
-        is_real = in_tokens & (tl.load(at_mask, mask=in_tokens, other=0) != 0)
+    in_row, in_tokens, is_real = masks_of_chunk(
+        batch, token, end, of_token, j, mask_ptr, mask_sb, mask_st
+    )
     at = token_ptr + here * (4 * Q)
     a, b, _gamma, _delta = load_token(at, Q, RANKS)
-    at_x = x_ptr + batch * x_sb + head * x_sh + token * x_st
-    at_dy = dy_ptr + batch * dy_sb + head * dy_sh + token * dy_st
-    z_base = z_ptr
-    if z_ptr is not None:
-        z_base = z_ptr + batch * z_sb + head * z_sh + token * z_st
+    at_x = at_head(x_ptr, batch, head, token, x_sb, x_sh, x_st)
+    at_dy = at_head(dy_ptr, batch, head, token, dy_sb, dy_sh, dy_st)
+    at_z = at_head(z_ptr, batch, head, token, z_sb, z_sh, z_st)
     # All that is read stands before all that waits: a program's loads overlap no other work.
     if P_BLOCKS == 1:
         p = tl.arange(0, BLOCK_P)
         x = load_inputs(at_x, x_st, mx_ptr, head, j, p, in_tokens, ranks, RAGGED, RANKS, CUT_P,
                         HEAD_DIM).to(dot_type)  # fmt: skip
-    group = head // (heads // groups)
-    at_rows = ((batch * groups + group) * length + token) * (RANKS * PITCH)
+    at_rows = at_group(batch, head, token, length, heads, groups, RANKS, PITCH)
     cos, sin, ka, kb, qa, qb = operands(
         B_ptr, B_bias_ptr, C_ptr, C_bias_ptr, angle_ptr, at_rows, here, head, i, in_row, dot_type,
         RAGGED, ROPE, FAST, Q, RANKS, W, V,
     )  # fmt: skip
-    # Not from `operands`: Triton 3.6 hands no None on in a tuple.
-    kc, qc = None, None
-    if V > 0:
-        kc = rest_of(B_ptr, B_bias_ptr, at_rows, head, i, in_row, dot_type, RAGGED, FAST, RANKS,
-                     W, V)  # fmt: skip
-        qc = rest_of(C_ptr, C_bias_ptr, at_rows, head, i, in_row, dot_type, RAGGED, FAST, RANKS,
-                     W, V)  # fmt: skip
+    kc = rest_of(B_ptr, B_bias_ptr, at_rows, head, i, in_row, dot_type, RAGGED, FAST, RANKS, W, V)
+    qc = rest_of(C_ptr, C_bias_ptr, at_rows, head, i, in_row, dot_type, RAGGED, FAST, RANKS, W, V)
     at_S, at_dS = states_ptr + here * (HEAD_DIM * PITCH), dstates_ptr + here * (HEAD_DIM * PITCH)
     at_grad = grad_ptr + here * Q + j
     at_angles = dangle_ptr
@@ -302,7 +281,7 @@ def mamba3_queries_kernel(
             if mo_ptr is not None:
                 dy *= load_factor(mo_ptr, head, p, ranks, Q, RANKS, HEAD_DIM)
             if z_ptr is not None:
-                z, u, share = gates(z_base, z_st, mz_ptr, head, j, p, in_tokens, ranks, RAGGED,
+                z, u, share = gates(at_z, z_st, mz_ptr, head, j, p, in_tokens, ranks, RAGGED,
                                     RANKS, CUT_P, HEAD_DIM, FAST)  # fmt: skip
                 dz_factor = dy * (share * (1.0 + u * (1.0 - share)))
                 dy *= u * share
@@ -327,7 +306,7 @@ def mamba3_queries_kernel(
                 store_ranks(to, HEAD_DIM, dmo, p, p < HEAD_DIM, ranks, Q, RANKS, BLOCK_P)
         else:
             dy = load_gradients(
-                at_dy, dy_st, dy_sr, z_base, z_st, mz_ptr, mo_ptr, head, j, p, is_real, ranks,
+                at_dy, dy_st, dy_sr, at_z, z_st, mz_ptr, mo_ptr, head, j, p, is_real, ranks,
                 MASKED, RANKS, PER_RANK, CUT_P, HEAD_DIM, FAST,
             )  # fmt: skip
             entered += tl.sum(y * dy.to(tl.float32), axis=1)
