@@ -26,6 +26,8 @@ OPERATORS = (
     "mamba1_mix",
     "mamba2_mix",
     "mamba3_scan",
+    "moe_experts",
+    "moe_route",
     "norm_linear",
     "norm_proj",
     "rms_norm",
