@@ -15,6 +15,11 @@ Curves drift apart as any two roundings of one run do. That of the torch path ma
 from that of the kernels, in the mean and at the worst step, than those two of the runs on the
 kernels that lie furthest apart: of seven perturbed runs there are 28 pairs, so that a torch path
 that rounds as they do would be found outside by chance about once in thirty times.
+
+One curve of the torch path is one draw. With `--torch-perturbed` there are as many more of it, and
+the two families are compared in place of the two curves: a permutation test on the mean distance of
+their mean curves. If where a run was computed made no difference, every division of all runs into
+two families would be as likely as this one; fewer than one in twenty may lie as far apart.
 """
 
 import argparse
@@ -180,9 +185,30 @@ def distances(
 
 
 def is_within_noise(values: dict[str, float]) -> bool:
-    """Whether the torch path lies no further off than runs on the kernels from one another."""
+    """Whether the torch path lies no further off than runs on the kernels from one another, or its
+    family no further from theirs than families that chance divides."""
+    if "family_p" in values:
+        return values["family_p"] >= 0.05
     measures = ("mean_difference", "largest_difference")
     return all(values[measure] <= values[f"noise_{measure}"] for measure in measures)
+
+
+def compare_families(kernels: list[list[float]], torch_path: list[list[float]]) -> dict[str, float]:
+    """A permutation test on the mean distance of two families' mean curves, over shared steps."""
+    shared = min(map(len, (*kernels, *torch_path)))
+    runs = np.array([losses[:shared] for losses in (*kernels, *torch_path)])
+    ours = np.array(list(itertools.combinations(range(len(runs)), len(kernels))))
+    chosen = np.zeros((len(ours), len(runs)))
+    np.put_along_axis(chosen, ours, 1, axis=1)
+    means = chosen @ runs / len(kernels), (1 - chosen) @ runs / len(torch_path)
+    found = np.abs(means[0] - means[1]).mean(axis=1)
+    # The first division is the real one. Equal sums may differ in their last bits.
+    return {
+        "family_difference": float(found[0]),
+        "family_difference_by_chance": float(np.median(found)),
+        "family_p": float((found >= found[0] - 1e-12).mean()),
+        "torch_runs": len(torch_path),
+    }
 
 
 def write(
@@ -190,6 +216,7 @@ def write(
     kernels: Training,
     torch_path: Training | None,
     perturbed: list[list[float]],
+    torch_perturbed: list[list[float]] | None = None,
 ) -> dict[str, float]:
     """Add what is known so far to the results."""
     losses = kernels.losses
@@ -206,6 +233,11 @@ def write(
         curves["torch"] = [round(x, 4) for x in torch_path.losses]
     for number, other in enumerate(perturbed, 1):
         curves[f"perturbed {number}"] = [round(x, 4) for x in other]
+    if torch_path is not None and torch_perturbed:
+        ours = [losses[: arguments.steps], *perturbed]
+        values |= compare_families(ours, [torch_path.losses, *torch_perturbed])
+        for number, other in enumerate(torch_perturbed, 1):
+            curves[f"torch perturbed {number}"] = [round(x, 4) for x in other]
     width = max(1, len(losses) // 200)
     windows = range(0, len(losses) - width + 1, width)
     later = [[i, round(float(np.mean(losses[i : i + width])), 4)] for i in windows]
@@ -234,10 +266,14 @@ def plot(results: Path, picture: Path) -> None:
     figure, axes = plt.subplots(len(runs), 2, figsize=(10, 3.2 * len(runs)), squeeze=False)
     for row, (case, record) in zip(axes, sorted(runs.items()), strict=True):
         curves = record["curves"]
-        others = [name for name in curves if name.startswith("perturbed")]
-        for name in others:
-            label = "kernels, perturbed" if name == others[0] else None
-            row[0].plot(curves[name], lw=0.5, color="0.7", label=label)
+        for family, label, color in (
+            ("perturbed", "kernels, perturbed", "0.7"),
+            ("torch perturbed", "torch, perturbed", "C9"),
+        ):
+            others = [name for name in curves if name.startswith(family)]
+            for name in others:
+                legend = label if name == others[0] else None
+                row[0].plot(curves[name], lw=0.5, color=color, label=legend)
         for name, style in (("torch", "-"), ("kernels", "--")):
             if name in curves:
                 row[0].plot(curves[name], style, lw=1, label=name)
@@ -263,6 +299,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=100.0, help="of the run on the kernels")
     parser.add_argument("--torch-seconds", type=float, default=60.0)
     parser.add_argument("--perturbed", type=int, default=7, help="runs, at least 1")
+    parser.add_argument(
+        "--torch-perturbed", type=int, default=0, help="runs on the torch path, of --torch-seconds"
+    )
     parser.add_argument("--keep-activations", action="store_true", help="on the kernels")
     parser.add_argument("--output", type=Path, default=common.RESULTS / "loss_curve.jsonl")
     parser.add_argument("--plot", action="store_true", help="draw the results and end")
@@ -295,10 +334,18 @@ def main(argv: list[str] | None = None) -> None:
     torch_path = Training(arguments, "torch", "reference")
     torch_path.advance(arguments.steps, arguments.torch_seconds)
     values = write(arguments, kernels, torch_path, perturbed)
+    torch_perturbed: list[list[float]] = []
+    for number in range(1, arguments.torch_perturbed + 1):
+        # Other perturbations than those of the runs on the kernels: draws of their own.
+        noise = arguments.perturbed + number
+        other = Training(arguments, f"torch perturbed {number}", "reference", noise=noise)
+        other.advance(arguments.steps, arguments.torch_seconds)
+        torch_perturbed.append(other.losses)
+        values = write(arguments, kernels, torch_path, perturbed, torch_perturbed)
     if not is_within_noise(values):
         raise RuntimeError(f"the curves of kernels and torch lie too far apart: {values}")
     kernels.advance(math.inf, arguments.seconds)
-    write(arguments, kernels, torch_path, perturbed)
+    write(arguments, kernels, torch_path, perturbed, torch_perturbed)
 
 
 if __name__ == "__main__":

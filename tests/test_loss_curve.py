@@ -63,6 +63,29 @@ def test_noise_is_the_widest_pair_of_runs_over_the_steps_of_the_torch_path() -> 
     assert not loss_curve.is_within_noise(values)
 
 
+def test_families_of_runs_are_compared(arguments: list[str]) -> None:
+    loss_curve.main([*arguments[:-2], "--torch-perturbed", "2", *arguments[-2:]])
+    results = _results(arguments)
+    assert [len(r["curves"]) for r in results] == [2, 4, 5, 6, 7, 7]
+    curves, values = results[-1]["curves"], results[-1]["values"]
+    assert curves["torch perturbed 1"] not in (curves["torch"], curves["perturbed 1"])
+    assert values["torch_runs"] == 3
+    assert 0 < values["family_p"] <= 1
+
+
+def test_families_apart_are_told_from_one_family() -> None:
+    low = [[1.0 + 0.01 * i, 2.0] for i in range(4)]
+    high = [[1.5 + 0.01 * i, 2.0] for i in range(4)]
+    values = loss_curve.compare_families(low, high)
+    # Of the 70 divisions only this one and its mirror lie as far apart.
+    assert values["family_p"] == pytest.approx(2 / 70)
+    assert values["family_difference"] == pytest.approx(0.25)
+    assert not loss_curve.is_within_noise(values)
+    mixed = loss_curve.compare_families([low[0], high[3]], [low[1], high[2]])
+    assert mixed["family_p"] > 0.5
+    assert loss_curve.is_within_noise(mixed)
+
+
 def test_curves_too_far_apart_are_an_error(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
