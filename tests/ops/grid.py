@@ -24,6 +24,7 @@ bf16, rows of a few tokens: so for every operator, over eight draws. One score, 
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import math
@@ -41,14 +42,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssm_hf.ops import keep_activations
 from tests.helpers import relative_error
 from tests.ops.grid_mamba3 import FORM_OPERANDS, MAMBA3
 from tests.ops.grid_mamba3 import FP32_INPUTS as MAMBA3_FP32_INPUTS
-from tests.ops.grid_operators import KERNELS, WEIGHTS, Inputs, per_document, randn
+from tests.ops.grid_operators import (
+    KERNELS,
+    WEIGHTS,
+    Inputs,
+    Operator,
+    per_document,
+    randn,
+)
 from tests.ops.grid_training import TRAINING
 from tests.ops.pairwise import FACTORS, LISTS, Row
 
+# Operators whose kernels for 16 bits are others where activations are kept, up to 16 states.
+KEPT, KEPT_STATES = ("selective_scan", "mamba1_mix"), 16
+
+
+def _kept(operator: Operator) -> Operator:
+    def run(**inputs: Any) -> Any:
+        with keep_activations():
+            return operator.run(**inputs)
+
+    return dataclasses.replace(operator, run=run)
+
+
 OPERATORS = {**KERNELS, **MAMBA3, **TRAINING}
+OPERATORS |= {f"{name}_kept": _kept(OPERATORS[name]) for name in KEPT}
 ROWS, TRAINING_ROWS = (json.loads(Path(__file__).with_name(name).read_text()) for name in LISTS)
 LONG: Row = {
     "T": 70000, "N": 128, "B": 1, "G": 1, "P": 64, "packing": "none", "dtype": "bfloat16",
@@ -223,7 +245,13 @@ def name_of(row: Row) -> str:
 
 def rows_of(operator: str) -> list[Row]:
     """The rows of an operator's list, the two dtypes in turn."""
-    rows = TRAINING_ROWS if operator in TRAINING else ROWS
+    name = operator.removesuffix("_kept")
+    rows = TRAINING_ROWS if name in TRAINING else ROWS
+    if name != operator:
+        found = [{**r, "N": KEPT_STATES} for r in (*rows, LONG) if r["dtype"] == "bfloat16"]
+        return list(
+            {name_of(r): r for r in found if name in KERNELS or r is not found[-1]}.values()
+        )
     by_dtype = [[r for r in rows if r["dtype"] == d] for d in FACTORS["dtype"]]
     rows = [r for pair in zip_longest(*by_dtype) for r in pair if r is not None]
     return rows if operator in TRAINING else [*rows, LONG]

@@ -28,7 +28,7 @@ SHAPES = {"B": 2, "N": 16, "G": 2, "P": 32}
 def rows(operator: str) -> list[grid.Row]:
     """Lengths around a block's edge, and one long enough for rows to be cut into segments, with
     every kind of packing, padding and state."""
-    factors = FACTORS if operator in KERNELS else TRAINING
+    factors = FACTORS if operator.removesuffix("_kept") in KERNELS else TRAINING
     flags = [
         name for name, values in factors.items() if isinstance(values[-1], bool) and any(values)
     ]

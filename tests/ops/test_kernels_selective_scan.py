@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssm_hf.ops import selective_scan
+from ssm_hf.ops import keep_activations, selective_scan
 from tests.helpers import kernel_device, relative_error
 
 # The package's name for this module is taken by the function.
@@ -87,6 +87,54 @@ def test_kernels_equal_torch(batch: int, length: int, states: int) -> None:
 def test_kernels_keep_states_of_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "CHUNK", CHUNK)
     _assert_equal_to_torch(_draw(1, 2 * LENGTH, 2, 2))
+
+
+PADDED = torch.arange(2 * 13).reshape(2, 13) % 5 != 3
+PACKED = torch.tensor([[0] * 5 + [1] * 8, [0] * 12 + [1]])
+
+
+@pytest.mark.parametrize(
+    ("rows", "options"),
+    [
+        (2, {}),
+        (2, {"mask": PADDED}),
+        (2, {"seq_idx": PACKED}),
+        (4, {"cu_seqlens": torch.tensor([0, 0, 5, 6, 13])}),
+    ],
+    ids=["plain", "padded", "packed", "documents"],
+)
+def test_kernels_with_kept_states(rows: int, options: dict[str, Tensor]) -> None:
+    inputs = _draw(1 if "cu_seqlens" in options else 2, 13, 5, 4, rows)
+    options = {name: v.to(DEVICE) for name, v in options.items()}
+    expected = _results(
+        {n: v.bfloat16().double() for n, v in inputs.items()}, "reference", torch.float64, options
+    )
+    formed = _results(inputs, "triton", torch.bfloat16, options)
+    with keep_activations():
+        kept = _results(inputs, "triton", torch.bfloat16, options)
+    for name in ("y", "final", "x", "B", "D", "z", "initial_state"):
+        # The state between two tiles is none of theirs.
+        assert torch.equal(kept[name], formed[name]), name
+    for name in ("dt", "A", "C", "dt_bias"):
+        # bf16: one rounding of the result, and one of the states that it is formed from.
+        assert relative_error(kept[name], expected[name]) < 1e-2, name
+
+
+def test_states_are_kept_only_where_they_take_little_room() -> None:
+    def saved(states: int, dtype: torch.dtype, keep: bool) -> Tensor:
+        v = {n: t.to(dtype) for n, t in _draw(1, 8, 3, states).items()}
+        options = (True, 0.0, float("inf"), True, keep)
+        given = tuple(v[n] for n in LEAVES)
+        return torch.ops.ssm_hf.selective_scan_fwd(*given, None, None, None, *options)[2]
+
+    kept = saved(4, torch.bfloat16, True)
+    assert kept.dtype == torch.bfloat16
+    assert len(kept) > 1
+    cases = ((4, torch.bfloat16, False), (4, torch.float32, True), (17, torch.bfloat16, True))
+    for states, dtype, keep in cases:
+        formed = saved(states, dtype, keep)
+        assert formed.dtype == torch.float32
+        assert len(formed) == 1, "of one chunk"
 
 
 @pytest.mark.parametrize("absent", ["D", "z", "dt_bias", "initial_state"])
@@ -221,10 +269,12 @@ def test_operators_describe_themselves_rightly() -> None:
     options = (True, 0.0, float("inf"))
     torch.library.opcheck(
         torch.ops.ssm_hf.selective_scan_fwd.default,
-        (*given, None, None, None, *options, True),
+        (*given, None, None, None, *options, True, False),
         test_utils=("test_schema", "test_faketensor"),
     )
-    y, final, *saved = torch.ops.ssm_hf.selective_scan_fwd(*given, None, None, None, *options, True)
+    y, final, *saved = torch.ops.ssm_hf.selective_scan_fwd(
+        *given, None, None, None, *options, True, False
+    )
     torch.library.opcheck(
         torch.ops.ssm_hf.selective_scan_bwd.default,
         (y, final, *given, None, None, None, *saved, *options),

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from ssm_hf.ops.dispatch import keep_activations
 from ssm_hf.ops.mamba1_mix import mamba1_mix
 
 
@@ -28,4 +29,9 @@ def aot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         )
         y.sum().backward()
 
+    def kept() -> None:
+        with keep_activations():
+            run(8, 256, 1536, 16, 48)
+
     yield "training", lambda: run(8, 256, 1536, 16, 48)
+    yield "training, kept", kept

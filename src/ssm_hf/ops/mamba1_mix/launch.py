@@ -64,7 +64,7 @@ def _forward(
     low, B, C = _split(inner_proj, dt_weight.shape[1])
     dt = F.linear(low, narrow_dt)
     y, _, states, ungated = scan._forward(
-        x, dt, A, B, C, D, z, dt_bias, None, doc, None, mask, *_STEP, save
+        x, dt, A, B, C, D, z, dt_bias, None, doc, None, mask, *_STEP, save, keep
     )
     result = y
     if narrow_out is not None:
@@ -98,7 +98,7 @@ def _(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, inner = proj.shape[:2], A.shape[0]
-    y, _, states, ungated = scan._outputs(proj.new_empty(*rows, inner), A, None, save, True)
+    y, _, states, ungated = scan._outputs(proj.new_empty(*rows, inner), A, None, save, keep, True)
     inner_proj = proj.new_empty(*rows, x_weight.shape[0])
     x, dt = (proj.new_empty((*rows, inner) if keep else (0,)) for _ in range(2))
     kept = [

@@ -69,6 +69,13 @@ def _along_states(one, other, N: tl.constexpr):
     return tl.split(tl.broadcast_to(both, (one.shape[0], one.shape[1], N, 2)))
 
 
+@triton.jit
+def _along_channels(one, other, E: tl.constexpr):
+    """Two tiles (T, N) as (T, E, N), in the same way."""
+    both = tl.join(one, other)[:, None, :, :]
+    return tl.split(tl.broadcast_to(both, (one.shape[0], E, one.shape[1], 2)))
+
+
 @triton.jit(do_not_specialize=["tokens", "T", "segments"])
 def selective_scan_bwd_kernel(
     dy_ptr,
@@ -121,6 +128,7 @@ def selective_scan_bwd_kernel(
     SOFTPLUS: tl.constexpr,
     CLAMP: tl.constexpr,
     CHUNK: tl.constexpr,
+    EVERY: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -132,12 +140,14 @@ def selective_scan_bwd_kernel(
 
     Chunks of CHUNK tokens in reverse order: states are formed again from the saved one, once to
     note the state before each tile in scratch (BLOCK_F tokens at a time), once on the way back
-    (BLOCK_T at a time).
+    (BLOCK_T at a time). Where the state before every tile was saved (EVERY = BLOCK_T), the segment
+    is one chunk and there is only the way back.
 
     y (B, T, E), if given, receives what the forward pass gave, from ungated as it was before the
     gate. dB, dC (blocks, tokens, N), dA (rows * segments, E, N), dD, dbias (rows * segments, E)
     receive each program's share, to be summed over the first axis.
     """
+    ALL_SAVED: tl.constexpr = EVERY == BLOCK_T
     blocks = tl.cdiv(E, BLOCK_E)
     block = tl.program_id(0) % blocks
     place = tl.program_id(0) // blocks
@@ -149,9 +159,10 @@ def selective_scan_bwd_kernel(
     batch, first, length = _row_extent(row, cu_ptr, T)
     start, end = _segment(segment, segments, length, CHUNK)
     size = tl.cast(E, tl.int64) * N
-    saved_ptr += (_first_saved(row, first, cu_ptr, T, CHUNK) + start // CHUNK) * size
+    saved_ptr += (_first_saved(row, first, cu_ptr, T, EVERY) + start // EVERY) * size
 
-    en = e[None, :, None] * N + n[None, None, :]
+    # As in the forward kernel.
+    en = tl.max_contiguous(e[None, :, None] * N + n[None, None, :], (1, 1, 4))
     in_en = in_e[None, :, None] & in_n[None, None, :]
     A2 = tl.load(A_ptr + en, mask=in_en, other=0.0).to(tl.float32) * LOG2E
     bias_f, bias = _per_channel(bias_ptr, e, BLOCK_F, E), _per_channel(bias_ptr, e, BLOCK_T, E)
@@ -176,46 +187,50 @@ def selective_scan_bwd_kernel(
     first += batch * T
     # Scratch is laid out as the program likes it, so no mask is needed.
     own = tl.arange(0, BLOCK_E)[None, :, None] * BLOCK_N + n[None, None, :]
-    scratch_ptr += tl.program_id(0).to(tl.int64) * (CHUNK // BLOCK_T * BLOCK_E * BLOCK_N)
+    if not ALL_SAVED:
+        scratch_ptr += tl.program_id(0).to(tl.int64) * (CHUNK // BLOCK_T * BLOCK_E * BLOCK_N)
 
     dA = tl.sum(tl.zeros((1, BLOCK_E, BLOCK_N), tl.float32), axis=0)
     dD = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     dbias = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     chunks = tl.cdiv(end - start, CHUNK)
+    if ALL_SAVED:
+        chunks = tl.minimum(chunks, 1)
     for reverse_chunk in range(0, chunks):
         chunk = chunks - 1 - reverse_chunk
         c0 = start + chunk * CHUNK
-        stop = tl.minimum(c0 + CHUNK, end)
+        stop = end if ALL_SAVED else tl.minimum(c0 + CHUNK, end)
         long = tl.cast(c0, tl.int64)
-        entering = tl.load(saved_ptr + chunk * size + en, mask=in_en, other=0.0)
-        h = tl.sum(entering, axis=0)
-        # Forward through the chunk: the state before each tile goes to scratch.
-        x_at, dt_at, B_at = x_ptr + long * x_t, dt_ptr + long * dt_t, B_ptr + long * B_t
         noted = scratch_ptr
-        for t0 in tl.range(c0, stop, BLOCK_F, num_stages=STAGES):
-            here = t0 + f < stop
-            x = _load_rows(x_at, x_t, f, e, here[:, None] & in_e[None, :], FAST)
-            raw = _load_rows(dt_at, dt_t, f, e, here[:, None] & in_e[None, :], FAST)
-            B = _load_rows(B_at, B_t, f, n, here[:, None] & in_n[None, :], FAST)
-            x_at += BLOCK_F * x_t
-            dt_at += BLOCK_F * dt_t
-            B_at += BLOCK_F * B_t
-            real = here[:, None] & in_e[None, :]
-            if mask_ptr is not None:
-                mask = tl.load(mask_ptr + first + t0 + f, mask=here, other=0)
-                real &= mask[:, None] != 0
-            drops = tl.zeros((BLOCK_F,), tl.float32)
-            if seq_ptr is not None:
-                drops = _document_drops(seq_ptr, t0 + f, first, length)
-            delta = _step_size(raw, bias_f, real, lowest, highest, SOFTPLUS, CLAMP)
-            a = _decays(delta[:, :, None], A2, drops, seq_ptr is not None)
-            b = (delta * x)[:, :, None] * B[:, None, :]
-            for i in tl.static_range(BLOCK_F):
-                if i % BLOCK_T == 0:
-                    tl.store(noted + i // BLOCK_T * (BLOCK_E * BLOCK_N) + own, h[None, :, :])
-                h = _row(a, i) * h + _row(b, i)
-            noted += BLOCK_F // BLOCK_T * BLOCK_E * BLOCK_N
-        tl.debug_barrier()
+        if not ALL_SAVED:
+            entering = tl.load(saved_ptr + chunk * size + en, mask=in_en, other=0.0)
+            h = tl.sum(entering, axis=0)
+            # Forward through the chunk: the state before each tile goes to scratch.
+            x_at, dt_at, B_at = x_ptr + long * x_t, dt_ptr + long * dt_t, B_ptr + long * B_t
+            for t0 in tl.range(c0, stop, BLOCK_F, num_stages=STAGES):
+                here = t0 + f < stop
+                x = _load_rows(x_at, x_t, f, e, here[:, None] & in_e[None, :], FAST)
+                raw = _load_rows(dt_at, dt_t, f, e, here[:, None] & in_e[None, :], FAST)
+                B = _load_rows(B_at, B_t, f, n, here[:, None] & in_n[None, :], FAST)
+                x_at += BLOCK_F * x_t
+                dt_at += BLOCK_F * dt_t
+                B_at += BLOCK_F * B_t
+                real = here[:, None] & in_e[None, :]
+                if mask_ptr is not None:
+                    mask = tl.load(mask_ptr + first + t0 + f, mask=here, other=0)
+                    real &= mask[:, None] != 0
+                drops = tl.zeros((BLOCK_F,), tl.float32)
+                if seq_ptr is not None:
+                    drops = _document_drops(seq_ptr, t0 + f, first, length)
+                delta = _step_size(raw, bias_f, real, lowest, highest, SOFTPLUS, CLAMP)
+                a = _decays(delta[:, :, None], A2, drops, seq_ptr is not None)
+                b = (delta * x)[:, :, None] * B[:, None, :]
+                for i in tl.static_range(BLOCK_F):
+                    if i % BLOCK_T == 0:
+                        tl.store(noted + i // BLOCK_T * (BLOCK_E * BLOCK_N) + own, h[None, :, :])
+                    h = _row(a, i) * h + _row(b, i)
+                noted += BLOCK_F // BLOCK_T * BLOCK_E * BLOCK_N
+            tl.debug_barrier()
 
         # And back, tile by tile.
         tiles = tl.cdiv(stop - c0, BLOCK_T)
@@ -224,7 +239,11 @@ def selective_scan_bwd_kernel(
         B_at, C_at = B_ptr + long * B_t, C_ptr + long * C_t
         z_at = dy_at if z_ptr is None else z_ptr + long * z_t
         y_at = dy_at if z_ptr is None else ungated_ptr + (first + long) * E
-        noted = scratch_ptr + (tiles - 1) * (BLOCK_E * BLOCK_N)
+        if ALL_SAVED:
+            noted = saved_ptr + (tiles - 1) * size
+            entering_next = tl.load(noted + en, mask=in_en, other=0.0)
+        else:
+            noted = scratch_ptr + (tiles - 1) * (BLOCK_E * BLOCK_N)
         here = long + t < stop
         x_next = _load_rows(x_at, x_t, t, e, here[:, None] & in_e[None, :], FAST)
         dt_next = _load_rows(dt_at, dt_t, t, e, here[:, None] & in_e[None, :], FAST)
@@ -240,8 +259,9 @@ def selective_scan_bwd_kernel(
             at = c0 + tile * BLOCK_T + t
             inside = (at < stop)[:, None] & in_e[None, :]
             inside_n = (at < stop)[:, None] & in_n[None, :]
-            entering = tl.load(noted + own)
-            noted -= BLOCK_E * BLOCK_N
+            if not ALL_SAVED:
+                entering = tl.load(noted + own)
+                noted -= BLOCK_E * BLOCK_N
             # The tile before this one is whole; in front of the first there is none.
             x_at -= BLOCK_T * x_t
             dt_at -= BLOCK_T * dt_t
@@ -249,6 +269,10 @@ def selective_scan_bwd_kernel(
             B_at -= BLOCK_T * B_t
             C_at -= BLOCK_T * C_t
             more = (t >= 0) & (tile > 0)
+            if ALL_SAVED:
+                entering = entering_next.to(tl.float32)
+                noted -= size
+                entering_next = tl.load(noted + en, mask=in_en & (tile > 0), other=0.0)
             x_next = _load_rows(x_at, x_t, t, e, more[:, None] & in_e[None, :], FAST)
             dt_next = _load_rows(dt_at, dt_t, t, e, more[:, None] & in_e[None, :], FAST)
             dy_next = _load_rows(dy_at, dy_t, t, e, more[:, None] & in_e[None, :], FAST)
@@ -270,7 +294,12 @@ def selective_scan_bwd_kernel(
             delta = _step_size(raw, bias, real, lowest, highest, SOFTPLUS, CLAMP)
             steps, u = _along_states(delta, delta * x, BLOCK_N)
             a = _decays(steps, A2, drops, seq_ptr is not None)
-            b = u * B[:, None, :]
+            if ALL_SAVED:
+                # In the other case one pass more than this is cheaper than what it spills.
+                B, C = _along_channels(B, C, BLOCK_E)
+            else:
+                B, C = B[:, None, :], C[:, None, :]
+            b = u * B
             h = tl.sum(entering, axis=0)
             before, states = b, b
             for i in tl.static_range(BLOCK_T):
@@ -287,18 +316,17 @@ def selective_scan_bwd_kernel(
                 if y_ptr is not None:
                     tl.store(y_ptr + out, y * gate, mask=inside)
                 dy *= gate
-            at_C = states * dy[:, :, None]
             g, exponent = a, a
             for i in tl.static_range(BLOCK_T - 1, -1, -1):
-                gi = _row(C[:, None, :], i) * _row(dy[:, :, None], i) + k
+                gi = _row(C, i) * _row(dy[:, :, None], i) + k
                 k = _row(a, i) * gi
                 g = _with_row(g, i, gi)
                 # Gradient of the decay's exponent.
                 exponent_i = k * _row(before, i)
                 exponent = _with_row(exponent, i, exponent_i)
                 dA += exponent_i * _row(steps, i)
-            dB, dC = _over_channels(g * u, at_C)
-            du, dstep = _over_states(g * B[:, None, :], exponent * A2)
+            dB, dC = _over_channels(g * u, states * dy[:, :, None])
+            du, dstep = _over_states(g * B, exponent * A2)
             ddelta = x * du + LN2 * dstep
             if CLAMP:
                 free = _step_size(raw, bias, real, lowest, highest, SOFTPLUS, False)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ssm_hf.ops import launch as common
+from ssm_hf.ops.dispatch import keeps_activations
 from ssm_hf.ops.launch import (
     KERNEL_DTYPES,
     call,
@@ -34,6 +35,7 @@ _sum_kernel: Any = selective_scan_sum_kernel
 
 LARGEST_STATE = 256
 CHUNK = 64  # tokens between two saved states
+LARGEST_KEPT_STATE = 16
 
 
 def why_unsupported(A: Tensor, *others: Tensor | None) -> str | None:
@@ -86,16 +88,26 @@ def _number_of_rows(x: Tensor, cu_seqlens: Tensor | None) -> int:
     return x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
 
 
+def _every(x: Tensor, A: Tensor, keep: bool) -> int:
+    """Tokens between two saved states: with `keep` a tile of the backward pass, which then needs
+    not form them again, as long as they take no more room than two activations of 16 bits."""
+    if keep and x.dtype == torch.bfloat16 and A.shape[1] <= LARGEST_KEPT_STATE:
+        return tuned("selective_scan_bwd", "default", x.device)["BLOCK_T"]
+    return CHUNK
+
+
 def _outputs(
-    x: Tensor, A: Tensor, cu_seqlens: Tensor | None, save: bool, gated: bool
+    x: Tensor, A: Tensor, cu_seqlens: Tensor | None, save: bool, keep: bool, gated: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, final state, and room for the state before every chunk of tokens and for y before the
-    gate, if wanted."""
+    """y, final state, and room for the state before every chunk of tokens (with `keep` before every
+    tile, in x's dtype) and for y before the gate, if wanted."""
     batch, length, inner = x.shape
-    rows, places = _number_of_rows(x, cu_seqlens), 0
+    rows, places, every = _number_of_rows(x, cu_seqlens), 0, _every(x, A, keep)
     if save:
-        places = batch * -(-length // CHUNK) if cu_seqlens is None else length // CHUNK + rows
-    final, saved = (x.new_empty(n, inner, A.shape[1], dtype=torch.float32) for n in (rows, places))
+        places = batch * -(-length // every) if cu_seqlens is None else length // every + rows
+    final = x.new_empty(rows, inner, A.shape[1], dtype=torch.float32)
+    dtype = torch.float32 if every == CHUNK else x.dtype
+    saved = x.new_empty(places, inner, A.shape[1], dtype=dtype)
     ungated = x.new_empty(x.shape if save and gated else 0)
     return x.new_empty(x.shape), final, saved, ungated
 
@@ -191,10 +203,11 @@ def _forward(
     lowest: float,
     highest: float,
     save: bool,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> y, final state (rows, I, N) and, with `save`, the state before every chunk of tokens and
-    y before the gate, if there is one."""
-    y, final, saved, ungated = _outputs(x, A, cu_seqlens, save, z is not None)
+    """-> y, final state (rows, I, N) and, with `save`, the states that `_outputs` makes room for
+    and y before the gate, if there is one."""
+    y, final, saved, ungated = _outputs(x, A, cu_seqlens, save, keep, z is not None)
     inner, states = A.shape
     rows, segments, blocks, options = _plan("selective_scan_fwd", x, states, cu_seqlens)
     limits = _limits(dt_softplus, lowest, highest)
@@ -226,6 +239,7 @@ def _forward(
             segments,
             **limits,
             CHUNK=CHUNK,
+            EVERY=_every(x, A, keep),
             **options,
         )
     return y, final, saved, ungated
@@ -233,8 +247,8 @@ def _forward(
 
 @_forward.register_fake
 def _(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, cu_seqlens, mask, dt_softplus, lowest,
-      highest, save):  # pyright: ignore  # fmt: skip
-    return _outputs(x, A, cu_seqlens, save, z is not None)
+      highest, save, keep):  # pyright: ignore  # fmt: skip
+    return _outputs(x, A, cu_seqlens, save, keep, z is not None)
 
 
 @torch.library.custom_op("ssm_hf::selective_scan_bwd", mutates_args=())
@@ -323,7 +337,9 @@ def gradients_into(
         None if v is None else torch.empty(rows * segments, inner, **wide) for v in (D, dt_bias)
     )
     has_initial = initial_state is not None
-    tiles = CHUNK // options["BLOCK_T"]
+    every, tiles = CHUNK, CHUNK // options["BLOCK_T"]
+    if saved.dtype != torch.float32:
+        every, tiles = options["BLOCK_T"], 0
     scratch = torch.empty(programs, tiles, options["BLOCK_E"], options["BLOCK_N"], **wide)
     with on_device(x):
         carry = _carries(dy, dt, A, C, z, dt_bias, packing, rows, segments, limits, True)
@@ -362,6 +378,7 @@ def gradients_into(
             segments,
             **limits,
             CHUNK=CHUNK,
+            EVERY=every,
             **options,
         )
         _add_up(
@@ -406,7 +423,7 @@ def _(dy, dfinal, x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, cu_seql
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.dt_softplus, ctx.lowest, ctx.highest, _ = inputs
+    *tensors, ctx.dt_softplus, ctx.lowest, ctx.highest, _, _ = inputs
     ctx.save_for_backward(*tensors, *output[2:])
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[2:])
@@ -422,7 +439,7 @@ def _gradients(
         dy, dfinal, *inputs, saved, ungated, ctx.dt_softplus, ctx.lowest, ctx.highest
     )
     given = [None if v is None else g for v, g in zip(inputs[:9], grads, strict=True)]
-    return *given, *(None,) * 7
+    return *given, *(None,) * 8
 
 
 _forward.register_autograd(_gradients, setup_context=_setup)
@@ -470,5 +487,6 @@ def selective_scan_triton(
         float(lowest),
         float(highest),
         save,
+        keeps_activations(),
     )
     return y, state
