@@ -379,6 +379,10 @@ def selective_scan_fwd_kernel(
         real = inside
         if mask_ptr is not None:
             real &= tl.load(mask_ptr + first + t0 + t, mask=t0 + t < end, other=0)[:, None] != 0
+        if saved_ptr is not None and EVERY >= BLOCK_T:
+            # Where more tiles than one lie between two of them, the others write nothing.
+            tl.store(saved_ptr + en, h[None, :, :], mask=in_en & (t0 % EVERY == 0))
+            saved_ptr += tl.where(t0 % EVERY == 0, size, 0)
         drops = tl.zeros((BLOCK_T,), tl.float32)
         if seq_ptr is not None:
             drops = _document_drops(seq_ptr, t0 + t, first, length)
@@ -387,10 +391,9 @@ def selective_scan_fwd_kernel(
         b = (delta * x)[:, :, None] * B[:, None, :]
         states = b
         for i in tl.static_range(BLOCK_T):
-            if saved_ptr is not None and i % EVERY == 0:
-                due = (t0 % EVERY == 0) & (t0 + i < end)
-                tl.store(saved_ptr + en, h[None, :, :], mask=in_en & due)
-                saved_ptr += tl.where(due, size, 0)
+            if saved_ptr is not None and EVERY < BLOCK_T and i % EVERY == 0:
+                tl.store(saved_ptr + en, h[None, :, :], mask=in_en & (t0 + i < end))
+                saved_ptr += tl.where(t0 + i < end, size, 0)
             h = _row(a, i) * h + _row(b, i)
             states = _with_row(states, i, h)
         y = tl.sum(states * C[:, None, :], axis=2)

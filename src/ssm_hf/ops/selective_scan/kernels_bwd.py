@@ -201,12 +201,12 @@ def selective_scan_bwd_kernel(
         c0 = start + chunk * CHUNK
         stop = end if ALL_SAVED else tl.minimum(c0 + CHUNK, end)
         long = tl.cast(c0, tl.int64)
-        noted = scratch_ptr
         if not ALL_SAVED:
             entering = tl.load(saved_ptr + chunk * size + en, mask=in_en, other=0.0)
             h = tl.sum(entering, axis=0)
             # Forward through the chunk: the state before each tile goes to scratch.
             x_at, dt_at, B_at = x_ptr + long * x_t, dt_ptr + long * dt_t, B_ptr + long * B_t
+            noted = scratch_ptr
             for t0 in tl.range(c0, stop, BLOCK_F, num_stages=STAGES):
                 here = t0 + f < stop
                 x = _load_rows(x_at, x_t, f, e, here[:, None] & in_e[None, :], FAST)
@@ -295,11 +295,9 @@ def selective_scan_bwd_kernel(
             steps, u = _along_states(delta, delta * x, BLOCK_N)
             a = _decays(steps, A2, drops, seq_ptr is not None)
             if ALL_SAVED:
-                # In the other case one pass more than this is cheaper than what it spills.
+                # Else registers are short: B and C take their own passes, C when it is needed.
                 B, C = _along_channels(B, C, BLOCK_E)
-            else:
-                B, C = B[:, None, :], C[:, None, :]
-            b = u * B
+            b = u * (B if ALL_SAVED else B[:, None, :])
             h = tl.sum(entering, axis=0)
             before, states = b, b
             for i in tl.static_range(BLOCK_T):
@@ -316,17 +314,18 @@ def selective_scan_bwd_kernel(
                 if y_ptr is not None:
                     tl.store(y_ptr + out, y * gate, mask=inside)
                 dy *= gate
+            at_C = states * dy[:, :, None]
             g, exponent = a, a
             for i in tl.static_range(BLOCK_T - 1, -1, -1):
-                gi = _row(C, i) * _row(dy[:, :, None], i) + k
+                gi = _row(C if ALL_SAVED else C[:, None, :], i) * _row(dy[:, :, None], i) + k
                 k = _row(a, i) * gi
                 g = _with_row(g, i, gi)
                 # Gradient of the decay's exponent.
                 exponent_i = k * _row(before, i)
                 exponent = _with_row(exponent, i, exponent_i)
                 dA += exponent_i * _row(steps, i)
-            dB, dC = _over_channels(g * u, states * dy[:, :, None])
-            du, dstep = _over_states(g * B, exponent * A2)
+            dB, dC = _over_channels(g * u, at_C)
+            du, dstep = _over_states(g * (B if ALL_SAVED else B[:, None, :]), exponent * A2)
             ddelta = x * du + LN2 * dstep
             if CLAMP:
                 free = _step_size(raw, bias, real, lowest, highest, SOFTPLUS, False)
