@@ -247,14 +247,14 @@ def rows_of(operator: str) -> list[Row]:
     """The rows of an operator's list, the two dtypes in turn."""
     name = operator.removesuffix("_kept")
     rows = TRAINING_ROWS if name in TRAINING else ROWS
-    if name != operator:
-        found = [{**r, "N": KEPT_STATES} for r in (*rows, LONG) if r["dtype"] == "bfloat16"]
-        return list(
-            {name_of(r): r for r in found if name in KERNELS or r is not found[-1]}.values()
-        )
     by_dtype = [[r for r in rows if r["dtype"] == d] for d in FACTORS["dtype"]]
     rows = [r for pair in zip_longest(*by_dtype) for r in pair if r is not None]
-    return rows if operator in TRAINING else [*rows, LONG]
+    if name not in TRAINING:
+        rows.append(LONG)
+    if name == operator:
+        return rows
+    few = [{**r, "N": KEPT_STATES} for r in rows if r["dtype"] == "bfloat16"]
+    return list({name_of(r): r for r in few}.values())
 
 
 def _jobs(only: str) -> list[tuple[str, Row]]:

@@ -90,7 +90,7 @@ def _number_of_rows(x: Tensor, cu_seqlens: Tensor | None) -> int:
 
 def _every(x: Tensor, A: Tensor, keep: bool) -> int:
     """Tokens between two saved states: with `keep` a tile of the backward pass, which then needs
-    not form them again, as long as they take no more room than two activations of 16 bits."""
+    not form them again, as long as they take no more room than four activations of 16 bits."""
     if keep and x.dtype == torch.bfloat16 and A.shape[1] <= LARGEST_KEPT_STATE:
         return tuned("selective_scan_bwd", "default", x.device)["BLOCK_T"]
     return CHUNK
