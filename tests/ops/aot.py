@@ -66,12 +66,16 @@ def compile_for(architecture: str, only: str = "", every: bool = False) -> list[
     dispatch.why_not_triton = lambda op, device: None
     compiled: list[str] = []
     launched: list[str] = []
+    kinds: set[tuple[str, int | None]] = set()
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         launched.append(self.__name__)
-        if self.__name__ in compiled and not every:
+        # The scan's states are saved in two ways, which are two kernels in all but the name.
+        kind = (self.__name__, kwargs.get("EVERY"))
+        if kind in kinds and not every:
             return None
+        kinds.add(kind)
         # Grids that depend on the options are functions; a wrong one would fail on a GPU only.
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         assert kernel is not None, f"{self.__name__} did not compile"
