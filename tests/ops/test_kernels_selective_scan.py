@@ -94,16 +94,20 @@ PACKED = torch.tensor([[0] * 5 + [1] * 8, [0] * 12 + [1]])
 
 
 @pytest.mark.parametrize(
-    ("rows", "options"),
+    ("rows", "segments", "options"),
     [
-        (2, {}),
-        (2, {"mask": PADDED}),
-        (2, {"seq_idx": PACKED}),
-        (4, {"cu_seqlens": torch.tensor([0, 0, 5, 6, 13])}),
+        (2, 1, {}),
+        (2, 2, {"mask": PADDED, "seq_idx": PACKED}),
+        (4, 2, {"cu_seqlens": torch.tensor([0, 0, 1, 2, 13])}),
     ],
-    ids=["plain", "padded", "packed", "documents"],
+    ids=["plain", "padded and packed", "documents"],
 )
-def test_kernels_with_kept_states(rows: int, options: dict[str, Tensor]) -> None:
+def test_kernels_with_kept_states(
+    rows: int, segments: int, options: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of two tiles and more, so that states are kept within chunks, and rows end in the second.
+    monkeypatch.setattr(launch, "CHUNK", 2 * CHUNK)
+    monkeypatch.setattr(launch, "_segments", lambda *_: segments)
     inputs = _draw(1 if "cu_seqlens" in options else 2, 13, 5, 4, rows)
     options = {name: v.to(DEVICE) for name, v in options.items()}
     expected = _results(
@@ -116,8 +120,9 @@ def test_kernels_with_kept_states(rows: int, options: dict[str, Tensor]) -> None
         # The state between two tiles is none of theirs.
         assert torch.equal(kept[name], formed[name]), name
     for name in ("dt", "A", "C", "dt_bias"):
-        # bf16: one rounding of the result, and one of the states that it is formed from.
-        assert relative_error(kept[name], expected[name]) < 1e-2, name
+        # bf16, which the interpreter cuts off: a bit of the result, and one of the states that
+        # it is formed from.
+        assert relative_error(kept[name], expected[name]) < 2**-7, name
 
 
 def test_states_are_kept_only_where_they_take_little_room() -> None:
