@@ -62,8 +62,10 @@ def test_rms_norm_kernel_equals_torch(
     _assert_same(rms_norm, leaves, SINGLE, **options)
 
 
-def test_rms_norm_kernel_cuts_tiles_into_parts() -> None:
-    leaves = {"x": _leaf(2, 5120), "weight": _leaf(5120), "gate": _leaf(2, 5120)}
+# A tile of five parts, and tiles of two rows of which the last holds one.
+@pytest.mark.parametrize(("rows", "width"), [(2, 5120), (3, 2560)])
+def test_rms_norm_kernel_takes_wide_rows(rows: int, width: int) -> None:
+    leaves = {"x": _leaf(rows, width), "weight": _leaf(width), "gate": _leaf(rows, width)}
     _assert_same(rms_norm, leaves, SINGLE, eps=1e-3)
 
 

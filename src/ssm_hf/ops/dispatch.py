@@ -166,9 +166,9 @@ def keeps_activations() -> bool:
 @contextmanager
 def keep_activations(keep: bool = True) -> Generator[None, None, None]:
     """Within the block, training operators keep for their backward pass what else they would form
-    again in it (norms, convolutions, step sizes, weights in 16 bits; of bf16
-    and up to 16 states Mamba-1's states): a few percent faster for half as much memory again,
-    Mamba-1 16 % for twice the memory. Forward and backward pass both belong into the block."""
+    again in it: norms, convolutions, step sizes, weights in 16 bits and, in bf16 and of up to 16,
+    Mamba-1's states. A few percent faster for half as much memory again, Mamba-1 16 % for twice
+    the memory. Forward and backward pass both belong into the block."""
     _keeping.append(keep)
     try:
         yield
